@@ -20,6 +20,7 @@ def chat(
     tls_ca: Ca = None,
     tls_cert: Cert = None,
     tls_key: Key = None,
+    model: Annotated[str | None, typer.Option(help="A model or adapter, where several are served.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: until the answer ends.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="Default: the model's.")] = None,
@@ -28,6 +29,8 @@ def chat(
     console = Console()
     messages = [{"role": "system", "content": system}] if system else []
     options: Options = {}
+    if model is not None:
+        options["model"] = model
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
     if temperature is not None:

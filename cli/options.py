@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,6 +200,93 @@ EnableAutoToolChoice = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file, or - for standard input; flags and environment win over it.")
 ]
+
+
+_CLUSTER_FLAGS: dict[str, Any] = {  # in the order of --help
+    "checkpoint": Checkpoint,
+    "model": Model,
+    "served_model_name": ServedModelName,
+    "prefill": Prefill,
+    "decode": Decode,
+    "tensor_parallel_size": TensorParallelSize,
+    "prefill_tp": PrefillTp,
+    "decode_tp": DecodeTp,
+    "launcher": Launcher,
+    "ray_address": RayAddress,
+    "host": Host,
+    "port": Port,
+    "grpc_port": GrpcPort,
+    "dtype": DType,
+    "quantization": Quantization,
+    "kernels": Kernels,
+    "kv_cache_dtype": KvCacheDType,
+    "block_size": BlockSize,
+    "max_model_len": MaxModelLen,
+    "generation_config": GenerationConfig,
+    "enable_lora": EnableLora,
+    "lora_modules": LoraModules,
+    "max_loras": MaxLoras,
+    "max_lora_rank": MaxLoraRank,
+    "enable_runtime_lora": EnableRuntimeLora,
+    "max_num_seqs": MaxNumSeqs,
+    "max_num_batched_tokens": MaxNumBatchedTokens,
+    "speculative_config": SpeculativeConfig,
+    "kv_cache_tokens": KvCacheTokens,
+    "kv_cache_memory_fraction": KvCacheMemoryFraction,
+    "swap_space": SwapSpace,
+    "kv_transport": KvTransport,
+    "require_kv_transport": RequireKvTransport,
+    "threads": Threads,
+    "insecure": Insecure,
+    "ssl_certfile": SslCertfile,
+    "ssl_keyfile": SslKeyfile,
+    "ssl_ca_certs": SslCaCerts,
+    "strict": Strict,
+    "chat_template": ChatTemplate,
+    "tool_parser": ToolParser,
+    "reasoning_parser": ReasoningParser,
+    "enable_auto_tool_choice": EnableAutoToolChoice,
+    "api_key": RouterApiKey,
+    "allowed_hosts": AllowedHosts,
+    "allowed_origins": AllowedOrigins,
+    "allowed_methods": AllowedMethods,
+    "allowed_headers": AllowedHeaders,
+    "allow_credentials": AllowCredentials,
+    "config": ConfigFile,
+}
+
+
+def starts_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of all settings of a cluster: it gets `settings: Config`, and its own parameters.
+
+    Raises:
+        ConfigError: the model is given twice, or a setting is invalid (see `config_from`).
+    """
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+
+    @functools.wraps(command)
+    def with_settings(**values: Any) -> None:
+        kept = {parameter.name: values.pop(parameter.name) for parameter in own}
+        checkpoint, key = values["checkpoint"], values["api_key"]
+        if checkpoint is not None and values["model"] not in (None, checkpoint):
+            raise ConfigError(
+                f"the model is given twice, as {checkpoint!r} and as --model {values['model']!r}; give one"
+            )
+        values["model"] = values["model"] or checkpoint
+        command(config_from(values | {"api_keys": None if key is None else [key]}), **kept)
+
+    given = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=False if name == "enable_auto_tool_choice" else None,
+            annotation=kind,
+        )
+        for name, kind in _CLUSTER_FLAGS.items()
+    ]
+    with_settings.__signature__ = inspect.Signature([*given, *own])  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in (*given, *own)}
+    return with_settings
 
 
 def config_from(flags: dict[str, Any]) -> Config:

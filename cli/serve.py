@@ -22,7 +22,7 @@ from ..cluster.launch.launchers import traces_of
 from ..cluster.model_facts import model_facts
 from ..cluster.operations.run_folder import RunFolder
 from ..cluster.placement import Plan, bytes_beside_workers, place
-from ..cluster.prepare import prepare
+from ..cluster.prepare import check_files, prepare
 from ..cluster.supervisor import Supervisor
 from ..core.errors import ConfigError, TwostrokeError
 from ..core.foreground import Stop, Stopped, leave, run, unless
@@ -40,57 +40,9 @@ LEFT_EXIT = 1  # of a supervisor whose members serve on
 console = Console(stderr=True, log_path=False, soft_wrap=True)
 
 
+@o.starts_a_cluster
 def serve(
-    checkpoint: o.Checkpoint = None,
-    model: o.Model = None,
-    served_model_name: o.ServedModelName = None,
-    prefill: o.Prefill = None,
-    decode: o.Decode = None,
-    tensor_parallel_size: o.TensorParallelSize = None,
-    prefill_tp: o.PrefillTp = None,
-    decode_tp: o.DecodeTp = None,
-    launcher: o.Launcher = None,
-    ray_address: o.RayAddress = None,
-    host: o.Host = None,
-    port: o.Port = None,
-    grpc_port: o.GrpcPort = None,
-    dtype: o.DType = None,
-    quantization: o.Quantization = None,
-    kernels: o.Kernels = None,
-    kv_cache_dtype: o.KvCacheDType = None,
-    block_size: o.BlockSize = None,
-    max_model_len: o.MaxModelLen = None,
-    generation_config: o.GenerationConfig = None,
-    enable_lora: o.EnableLora = None,
-    lora_modules: o.LoraModules = None,
-    max_loras: o.MaxLoras = None,
-    max_lora_rank: o.MaxLoraRank = None,
-    enable_runtime_lora: o.EnableRuntimeLora = None,
-    max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxNumBatchedTokens = None,
-    speculative_config: o.SpeculativeConfig = None,
-    kv_cache_tokens: o.KvCacheTokens = None,
-    kv_cache_memory_fraction: o.KvCacheMemoryFraction = None,
-    swap_space: o.SwapSpace = None,
-    kv_transport: o.KvTransport = None,
-    require_kv_transport: o.RequireKvTransport = None,
-    threads: o.Threads = None,
-    insecure: o.Insecure = None,
-    ssl_certfile: o.SslCertfile = None,
-    ssl_keyfile: o.SslKeyfile = None,
-    ssl_ca_certs: o.SslCaCerts = None,
-    strict: o.Strict = None,
-    chat_template: o.ChatTemplate = None,
-    tool_parser: o.ToolParser = None,
-    reasoning_parser: o.ReasoningParser = None,
-    enable_auto_tool_choice: o.EnableAutoToolChoice = False,
-    api_key: o.RouterApiKey = None,
-    allowed_hosts: o.AllowedHosts = None,
-    allowed_origins: o.AllowedOrigins = None,
-    allowed_methods: o.AllowedMethods = None,
-    allowed_headers: o.AllowedHeaders = None,
-    allow_credentials: o.AllowCredentials = None,
-    config: o.ConfigFile = None,
+    settings: Config,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     machine: Annotated[
         str | None,
@@ -102,11 +54,6 @@ def serve(
 
     Every setting is also a key of --config and an environment variable TWOSTROKE__SECTION__KEY.
     """
-    if checkpoint is not None and model not in (None, checkpoint):
-        raise ConfigError(f"the model is given twice, as {checkpoint!r} and as --model {model!r}; give one")
-    model = model or checkpoint
-    api_keys = None if api_key is None else [api_key]
-    settings = o.config_from(locals() | {"api_keys": api_keys})
     if machine is not None:
         if not dry_run:
             raise ConfigError(
@@ -117,6 +64,7 @@ def serve(
         show_plan(settings, place(settings, machine_of(shape), model_facts(settings, shape.num_gpus)), Console(), shape)
         return
     if dry_run:
+        check_files(settings)
         show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
         return
     raise typer.Exit(run(lambda stop: _serve(settings, stop, detached=detached)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -60,6 +61,8 @@ def status(
         return
     console = Console()
     console.print(_table(cluster))
+    for line in models_of(cluster):
+        console.print(line, markup=False, highlight=False)
     if cluster.get("pairs"):
         console.print(_pairs(cluster))
     if any(worker.get("gpus") for worker in cluster["workers"]):
@@ -87,6 +90,23 @@ def status(
             f"{router['calls_refused']:,} calls refused at the workers' port, last of {router['last_refused']}",
             markup=False,
         )
+
+
+def models_of(cluster: dict[str, Any]) -> list[str]:
+    """A line for each model and adapter that clients may ask for, with the live ones of its decode workers."""
+    live: Counter[str] = Counter()
+    known: Counter[str] = Counter()
+    bases: dict[str, str] = {}
+    for worker in (worker for worker in cluster["workers"] if worker["role"] != "prefill"):
+        adapters = [adapter["name"] for adapter in worker.get("adapters") or ()]
+        bases |= dict.fromkeys(adapters, worker["model"])
+        known.update([worker["model"], *adapters])
+        live.update([worker["model"], *adapters] if worker["state"] == "live" else ())
+    return [
+        f"model {name}{f', an adapter of {bases[name]}' if name in bases else ''}: "
+        f"{live[name]} of its {known[name]} decode workers {'is' if live[name] == 1 else 'are'} live"
+        for name in sorted(known, key=lambda name: (name in bases, name))
+    ]
 
 
 def _planner(told: dict[str, Any]) -> str:

@@ -32,27 +32,17 @@ _REFUSED = 2  # exit code of a command that names its reason
 END_S = 10.0  # for a start that is given up
 
 
-def up(
-    config: o.ConfigFile = None,
-    model: o.Model = None,
-    prefill: o.Prefill = None,
-    decode: o.Decode = None,
-    launcher: o.Launcher = None,
-    ray_address: o.RayAddress = None,
-    host: o.Host = None,
-    port: o.Port = None,
-    grpc_port: o.GrpcPort = None,
-    insecure: o.Insecure = None,
-) -> None:
+@o.starts_a_cluster
+def up(settings: Config) -> None:
     """Start a cluster on this machine and return when it serves; `twostroke down` ends it.
 
-    All other settings: `--config` and the environment, as for `serve`. One cluster runs per gRPC port. Its folder
+    One cluster runs per gRPC port. Its folder
     ($XDG_RUNTIME_DIR/twostroke/PORT, else twostroke-run-UID/PORT in the folder for temporary files) has its log.
 
     Its members outlive the process that supervises them: if that is killed, they serve on, and `up` with the same
     settings supervises them again and starts those that have died. (Not so on a Ray that is started for them.)
     """
-    settings = _with_fixed_ports(o.config_from(locals()))
+    settings = _with_fixed_ports(settings)
     folder = RunFolder(settings.router.grpc_port)
     if folder.is_held:
         raise ConfigError(folder.occupied())

@@ -23,6 +23,7 @@ from ..kernels.cpu.folder import forget_empty_folder
 from ..model.ops.device import chosen_kind, gpu_free_bytes
 from ..router.ports import check_ports
 from ..worker.machine import machine_facts
+from .certificates import face_tls
 from .config import Config
 from .launch.launchers import launcher_class
 from .model_facts import model_facts
@@ -53,6 +54,17 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     nodes = await _nodes(config, show)
     plan = await asyncio.to_thread(lambda: place_on(config, nodes, model_facts(config)))
     return config, plan
+
+
+def check_files(config: Config) -> None:
+    """Check the files that the settings name beside the checkpoint: adapters, certificates, chat template.
+
+    Raises:
+        ConfigError, CheckpointError: one cannot be used.
+    """
+    for module in config.model.lora_modules:
+        _located_adapter(module)
+    face_tls(config.router)
 
 
 def prepare_again(config: Config, model: ModelFacts, kernels: str) -> Config:

@@ -6,7 +6,7 @@ from typing import Any
 from support.fakes.scripted_router import router
 
 from twostroke import AsyncClient
-from twostroke.cli.status import router_problems
+from twostroke.cli.status import models_of, router_problems
 from twostroke.router.keys.digests import line_for
 from twostroke.router.peers.joined import joined_report
 
@@ -38,3 +38,19 @@ async def test_keys_that_cannot_be_read_are_shown(tmp_path: Path) -> None:
         (line,) = router_problems(await client.cluster())
     assert "keeps its keys: " in line
     assert str(path) in line
+
+
+def test_models_and_adapters_have_a_line_with_their_live_workers() -> None:
+    def worker(role: str, state: str, *adapters: str) -> dict[str, Any]:
+        return {"role": role, "state": state, "model": "m", "adapters": [{"name": name} for name in adapters]}
+
+    workers = [worker("prefill", "live", "a"), worker("decode", "live", "a"), worker("decode", "suspect", "a", "b")]
+    assert models_of({"workers": workers}) == [
+        "model m: 1 of its 2 decode workers is live",
+        "model a, an adapter of m: 1 of its 2 decode workers is live",
+        "model b, an adapter of m: 0 of its 1 decode workers are live",
+    ]
+
+
+async def test_a_router_without_workers_names_no_model() -> None:
+    assert models_of(await report()) == []
