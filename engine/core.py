@@ -168,6 +168,7 @@ class EngineCore:
                 sequence.num_computed = step.end
                 if step.key in result.deferred:
                     sequence.num_computed = _before_last(step)
+                    lives.drop_drafts(sequence)
             if doom is None:
                 doom = self._take_tokens(sequence, step, result, token_ids, news)
                 if sequence.source is Source.FOR_PEER:

@@ -63,6 +63,12 @@ class SequenceLifecycle:
         self.counters["spec_decode_num_accepted_tokens"] += num_accepted
         return doom, token_ids[:num_taken]
 
+    def drop_drafts(self, sequence: Sequence) -> None:
+        """A step with drafts sampled nothing: give back what was taken for them, and judge nothing."""
+        if sequence.drafting is not None and sequence.drafting.num_under_way:
+            sequence.drafting.num_under_way = 0
+            self.holdings.trim(sequence, len(sequence.tokens))
+
     def end(self, sequence: Sequence, doom: PendingFinish) -> None:
         """End a sequence now, or after the running step if that computes it."""
         if sequence.key in self.in_step:

@@ -8,6 +8,7 @@ a preemption or for a repeated request from the tokens alone. Compiling and mask
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import threading
@@ -62,6 +63,12 @@ class Matcher:
         """
         if token_ids and not self._inner.consume_tokens(list(token_ids)):
             raise GrammarFailed(_brief(self._inner.get_error()))
+
+    def copy(self) -> Matcher:
+        """A matcher of the same state, for tokens that may not stay."""
+        matcher = copy.copy(self)
+        matcher._inner = self._inner.deep_copy()
+        return matcher
 
     def mask(self) -> bytes:
         """Allowed next tokens: packed bits, least significant first. Ends of the text are allowed where it may end.

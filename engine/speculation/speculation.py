@@ -61,7 +61,7 @@ class Speculation:
     def _propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         """Guess at most `most` tokens, and one less than the sequence may still generate."""
         params = sequence.params
-        if sequence.num_remaining != 1 or params.grammar is not None:  # masks of guessed tokens are not made yet
+        if sequence.num_remaining != 1:
             return ()
         num_generated = sequence.num_generated
         most = min(most, params.max_tokens - num_generated - 1)

@@ -6,6 +6,7 @@
 
 A matcher is a function of the grammar and the generated ids. It is kept between steps to save time, and made anew from
 all ids where the kept one does not fit: after a preemption, on another worker, for a request that was sent again.
+Guessed tokens are taken by a copy of it, so that the kept one knows only ids that were generated.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -31,14 +32,18 @@ MAX_STUCK = 8  # threads given up; then the worker takes no more grammars
 
 
 class ChoiceMatcher(Protocol):
-    """State of one choice in its grammar (text/grammar.py). Both methods may raise."""
+    """State of one choice in its grammar (text/grammar.py). All methods may raise."""
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Take tokens of the choice."""
         ...
 
     def mask(self) -> bytes:
-        """Allowed next tokens, as packed bits."""
+        """Allowed next tokens, as packed bits, least significant first."""
+        ...
+
+    def copy(self) -> ChoiceMatcher:
+        """A matcher of the same state."""
         ...
 
 
@@ -49,7 +54,7 @@ StartMatcher = Callable[[Grammar], ChoiceMatcher]
 class Masks(NamedTuple):
     """Masks of one step."""
 
-    ready: dict[SequenceKey, bytes]
+    ready: dict[SequenceKey, tuple[bytes, ...]]  # of its sampling rows, as far as its guesses may be right
     failed: dict[SequenceKey, Exception]
     deferred: frozenset[SequenceKey]  # not ready yet
 
@@ -65,7 +70,8 @@ class _Known:
     matcher: ChoiceMatcher | None = None
     taken: tuple[int, ...] = ()  # ids that the matcher has taken
     wanted: tuple[int, ...] = ()  # ids of the job
-    job: Future[bytes] | None = None
+    drafts: tuple[int, ...] = ()  # guesses of the job
+    job: Future[tuple[bytes, ...]] | None = None
     began_s: float | None = None  # when a thread took the job; None: it waits for one
 
 
@@ -89,7 +95,8 @@ class GrammarMasks:
 
     def take(self, plan: StepPlan, last: Sequence[int]) -> Masks:
         """Masks of the plan that was begun. `last`: id of each sequence's last row, for ids of a running step."""
-        jobs: dict[SequenceKey, Future[bytes]] = {}
+        jobs: dict[SequenceKey, Future[tuple[bytes, ...]]] = {}
+        guessed = {step.key: step.draft_ids for step in plan.sequences}
         late: set[SequenceKey] = set()
         for step, last_id in zip(plan.sequences, last, strict=True):
             grammar = step.params.grammar
@@ -105,7 +112,7 @@ class GrammarMasks:
         if not jobs:
             return NO_MASKS
         wait(jobs.values(), WAIT_S)
-        ready: dict[SequenceKey, bytes] = {}
+        ready: dict[SequenceKey, tuple[bytes, ...]] = {}
         failed: dict[SequenceKey, Exception] = {}
         for key, job in jobs.items():
             began_s = self._known[key].began_s
@@ -117,7 +124,8 @@ class GrammarMasks:
             elif (error := job.exception()) is not None:
                 failed[key] = error if isinstance(error, Exception) else RuntimeError(repr(error))
             else:
-                ready[key] = job.result()
+                same = _common(guessed[key], self._known[key].drafts)
+                ready[key] = job.result()[: same + 1]
         for key in failed:
             del self._known[key]
         return Masks(ready, failed, frozenset(late))
@@ -145,19 +153,19 @@ class GrammarMasks:
         job = known.job
         if job is not None and not job.cancelled() and (known.wanted == ids or not job.done()):
             return  # the same row again, which could not wait for its mask; or an older mask is still being made
-        known.wanted, known.began_s = ids, None
-        known.job = self._submit(known, ids)
+        known.wanted, known.drafts, known.began_s = ids, step.draft_ids, None
+        known.job = self._submit(known, ids, step.draft_ids)
 
-    def _submit(self, known: _Known, ids: tuple[int, ...]) -> Future[bytes]:
+    def _submit(self, known: _Known, ids: tuple[int, ...], drafts: tuple[int, ...]) -> Future[tuple[bytes, ...]]:
         if self._num_stuck >= MAX_STUCK:
-            failed: Future[bytes] = Future()
+            failed: Future[tuple[bytes, ...]] = Future()
             failed.set_exception(RuntimeError("too many grammars took too long on this worker"))
             return failed
         if self._threads is None:
             self._threads = ThreadPoolExecutor(THREADS, "grammar")
-        return self._threads.submit(self._mask, known, ids)
+        return self._threads.submit(self._masks, known, ids, drafts)
 
-    def _mask(self, known: _Known, ids: tuple[int, ...]) -> bytes:
+    def _masks(self, known: _Known, ids: tuple[int, ...], drafts: tuple[int, ...]) -> tuple[bytes, ...]:
         known.began_s = time.monotonic()
         count = len(known.taken)
         matcher = known.matcher
@@ -165,9 +173,11 @@ class GrammarMasks:
             matcher, count = self._start(known.grammar), 0
         known.matcher = None  # until it is known to be whole
         matcher.advance(ids[count:])
-        mask = matcher.mask()
+        masks = [matcher.mask()]
+        if drafts:
+            masks += _masks_behind(matcher.copy(), masks[0], drafts)
         known.matcher, known.taken = matcher, ids
-        return mask
+        return tuple(masks)
 
     def _give_up(self) -> None:
         """Leave the threads to what holds them; later masks get new ones. Once for all jobs that wait for the same."""
@@ -184,3 +194,23 @@ def _ids(step: SequenceStep, last_id: int) -> tuple[int, ...]:
     """Generated ids before the token of a sampling row."""
     assert step.history is not None
     return step.history.output_ids if step.from_place is None else (*step.history.output_ids, last_id)
+
+
+def _masks_behind(matcher: ChoiceMatcher, mask: bytes, drafts: Sequence[int]) -> Iterator[bytes]:
+    """Masks behind each guess, up to the first that `mask`, the one before it, does not allow: it is wrong."""
+    for draft in drafts:
+        if not mask[draft // 8] >> draft % 8 & 1:
+            return
+        try:
+            matcher.advance((draft,))
+            mask = matcher.mask()
+        except Exception:  # the guess ends the text, or a limit is passed: if it is right, the next step says so
+            return
+        yield mask
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )

@@ -118,6 +118,8 @@ class StepSampler:
             if is_draft and not is_right(step.draft_ids, spoken.tokens[i], row):
                 continue
             draw, key = _draw(step, last[i], masks, row), step.key
+            if draw is None and is_draft:
+                continue  # no mask was made for it: the next step samples this row again, as its first
             if draw is None and key not in masks.deferred and key not in spoken.refused:
                 spoken.failed.setdefault(key, "structured_outputs: this worker makes no masks")
             sampled = sample(place, draw)
@@ -165,9 +167,10 @@ def _draw(step: SequenceStep, last_id: int, masks: Masks, row: int = 0) -> Draw 
     """The draw of a sequence's `row`-th sampling row; None: no token in this step, because its mask is not there."""
     history, mask = step.history, None
     if step.params.grammar is not None:
-        mask = masks.ready.get(step.key)
-        if mask is None:
+        rows = masks.ready.get(step.key, ())
+        if row >= len(rows):
             return None
+        mask = rows[row]
     if history is not None and step.from_place is not None:
         history = history._replace(output_ids=(*history.output_ids, last_id))
     if row and history is not None:

@@ -1,5 +1,6 @@
 """Sequences with a grammar through the real core and runner, where masks come late, or not at all."""
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.engines.sampling_room import Room, ids_of, submit
+from support.fakes.guesses import guessing
 
 from twostroke.core.errors import InternalError, InvalidRequest
 from twostroke.core.request import FinishReason, Grammar, SamplingParams
@@ -26,6 +28,9 @@ class EveryThird:
 
     def advance(self, token_ids: Sequence[int]) -> None:
         self._num_taken += len(token_ids)
+
+    def copy(self) -> "EveryThird":
+        return copy.copy(self)
 
     def mask(self) -> bytes:
         bits = sum(1 << id_ for id_ in range(3, VOCAB_BYTES * 8) if id_ % 3 == self._num_taken % 3)
@@ -160,3 +165,32 @@ def test_a_grammar_that_passes_a_limit_is_its_clients_fault(write_tiny, make_run
     assert room.ended["a"].error_message == f"structured_outputs: {error}"
     assert len(room.tokens["a"]) == 2
     assert len(room.tokens["b"]) == 12
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("patience", [0, 1])
+def test_guesses_change_no_token_of_a_grammar(make_room, patience: int, wrong: float):
+    params = replace(PARAMS, max_tokens=30, prompt_logprobs=1, frequency_penalty=0.4)
+    work = [submit(f"g{n}", ids_of(length, n), params) for n, length in enumerate((1, 15, 16, 40))]
+    work.append(submit("free", ids_of(20), replace(params, grammar=None)))
+    plain = make_room().run(*work)
+    texts = {w.key.request_id: (*w.prompt_ids, *plain.tokens[w.key.request_id]) for w in work}
+    for most in (1, 4, 20):
+        room = make_room(patience, speculation=guessing(texts, most, wrong)).run(*work)
+        for command in work:
+            assert told(room, command.key.request_id) == told(plain, command.key.request_id)
+        counters = room.core.counters
+        assert counters["spec_decode_num_draft_tokens"] > 0
+        assert bool(counters["spec_decode_num_accepted_tokens"]) == (wrong < 1.0)
+        assert room.pool.num_live == 0
+
+
+def test_a_late_mask_gives_back_the_blocks_of_its_guesses(make_room):
+    params = replace(PARAMS, max_tokens=12)
+    work = [submit(f"g{n}", ids_of(15, n), params) for n in range(2)]
+    plain = make_room().run(*work)
+    texts = {w.key.request_id: (*w.prompt_ids, *plain.tokens[w.key.request_id]) for w in work}
+    room = make_room(patience=3, num_blocks=4, speculation=guessing(texts, 20, 0.0))
+    room.run(*work)  # `Room` checks after every step that a sequence owns no more blocks than its tokens fill
+    assert room.runner._masks.num_deferred > 0
+    assert {w.key: room.tokens[w.key.request_id] for w in work} == {w.key: plain.tokens[w.key.request_id] for w in work}

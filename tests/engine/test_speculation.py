@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from twostroke.core.request import Grammar, SamplingParams, SequenceKey
+from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.cache_manager import KvCacheManager
 from twostroke.engine.link.messages import Source, Submit
 from twostroke.engine.plan import SequenceStep, StepPlan, StepResult
@@ -274,11 +274,6 @@ def test_the_last_token_is_never_guessed(holdings):
         one = decoding(holdings, "a", 3, SamplingParams(max_tokens=1 + left))
         assert speculation(8).drafts([one], 64, holdings, 0).get(one.key, ()) == expected
         holdings.release(one)
-
-
-def test_a_sequence_with_a_grammar_is_not_guessed(holdings):
-    params = SamplingParams(max_tokens=100, grammar=Grammar("regex", "a*"))
-    assert speculation().drafts([decoding(holdings, "a", 3, params)], 64, holdings, 0) == {}
 
 
 def test_the_first_guess_of_a_sequence_is_one_token(holdings):

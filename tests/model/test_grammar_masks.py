@@ -80,7 +80,9 @@ class Batch:
         draws = [
             None
             if step.params.grammar is not None and step.key not in made.ready
-            else Draw(step.params, step.key.choice, step.num_generated, made.ready.get(step.key), step.history)
+            else Draw(
+                step.params, step.key.choice, step.num_generated, made.ready.get(step.key, (None,))[0], step.history
+            )
             for step in steps
         ]
         rows = np.stack([logits_of(step.key, step.num_generated) for step in steps])
@@ -350,7 +352,7 @@ def test_the_mask_of_the_row_before_is_never_taken_for_this_one(monkeypatch: pyt
     masks.begin(plan)  # without the id that the running step samples
     threading.Timer(0.05, go.set).start()
     assert masks.take(plan, [7]) == Masks({}, {}, frozenset({key}))
-    assert masks.take(plan, [7]) == Masks({key: bytes((7,))}, {}, frozenset())
+    assert masks.take(plan, [7]) == Masks({key: (bytes((7,)),)}, {}, frozenset())
 
 
 def test_kept_matchers_are_bounded(monkeypatch: pytest.MonkeyPatch):
@@ -361,3 +363,56 @@ def test_kept_matchers_are_bounded(monkeypatch: pytest.MonkeyPatch):
         batch.add(key, params_of({"choice": ["yes"]}))
         batch.run()
     assert batch.masks.num_matchers == 4
+
+
+# ---------------------------------------------------------------- guessed tokens
+
+
+def masks_of(batch_masks: GrammarMasks, params: SamplingParams, ids: Sequence[int], drafts: Sequence[int]) -> Masks:
+    key = SequenceKey("g", 0)
+    step = SequenceStep(
+        key, len(ids), (0,), (), (), True, params, len(ids), history=History((), tuple(ids)), draft_ids=tuple(drafts)
+    )
+    plan = StepPlan(len(ids), (step,))
+    batch_masks.begin(plan)
+    return batch_masks.take(plan, [0])
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_masks_behind_guesses_are_those_of_the_text_with_them(monkeypatch: pytest.MonkeyPatch, number: int):
+    monkeypatch.setattr(masks_file, "WAIT_S", 20.0)
+    params = params_of({"json": random_schema(random.Random(number))}, max_tokens=96)
+    whole = run_alone(SequenceKey(f"s{number}", 0), params)
+    kept = GrammarMasks(COMPILER.start)
+    draw = random.Random(number)
+    for at in range(0, len(whole) - 1, 3):
+        right = whole[at : at + draw.randint(1, 5)]
+        wrong = [draw.randrange(VOCAB) if draw.random() < 0.2 else id_ for id_ in right]
+        (made,) = masks_of(kept, params, whole[:at], wrong).ready.values()
+        for row, mask in enumerate(made):
+            fresh = COMPILER.start(params.grammar)  # type: ignore[arg-type]
+            fresh.advance((*whole[:at], *wrong[:row]))
+            assert mask == fresh.mask(), (at, row)
+        num_right = next((place for place, (a, b) in enumerate(zip(wrong, right, strict=True)) if a != b), len(right))
+        ends = sum(id_ in EOS for id_ in right[:num_right])
+        assert len(made) >= 1 + num_right - ends, "a guess that is right has the mask of the row behind it"
+
+
+def test_a_mask_is_made_for_no_row_behind_a_guess_that_the_grammar_forbids(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masks_file, "WAIT_S", 20.0)
+    params = params_of({"choice": ["yes", "no"]})
+    (letter,) = TOKENIZER.encode("x", add_special_tokens=False)[-1:]
+    (made,) = masks_of(GrammarMasks(COMPILER.start), params, (), (letter, letter)).ready.values()
+    assert len(made) == 1
+
+
+def test_masks_of_other_guesses_are_used_as_far_as_they_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    """A plan whose masks were late may come again with fewer guesses, or others."""
+    monkeypatch.setattr(masks_file, "WAIT_S", 20.0)
+    params = params_of({"regex": "[a-z ]*"})
+    ids = TOKENIZER.encode("one two three four", add_special_tokens=False)
+    kept = GrammarMasks(COMPILER.start)
+    (whole,) = masks_of(kept, params, (), ids).ready.values()
+    assert len(whole) == len(ids) + 1
+    (same,) = masks_of(kept, params, (), (*ids[:2], ids[0])).ready.values()
+    assert same == whole[:3]

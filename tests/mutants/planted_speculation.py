@@ -36,7 +36,16 @@ MUTANTS = [
         "params.max_tokens - num_generated - 1",
         "params.max_tokens - num_generated",
     ),
-    Mutant("engine/speculation/speculation.py", " or params.grammar is not None:", ":"),
+    Mutant("model/sampling/masks.py", "job.result()[: same + 1]", "job.result()"),
+    Mutant("model/sampling/masks.py", "_masks_behind(matcher.copy(), ", "_masks_behind(matcher, "),
+    Mutant("model/sampling/masks.py", "mask[draft // 8] >> draft % 8 & 1", "mask[draft // 8]"),
+    Mutant("engine/core.py", "                    lives.drop_drafts(sequence)\n", ""),
+    Mutant(
+        "engine/lifecycle.py",
+        "        if sequence.drafting is not None and sequence.drafting.num_under_way:\n            sequence.drafting.num_under_way = 0\n",
+        "        if sequence.drafting is not None:\n            sequence.drafting.num_under_way = 0\n        if False:\n",
+    ),
+    Mutant("model/sampling/step.py", "            if draw is None and is_draft:\n", "            if False:\n"),
     Mutant(
         "engine/scheduler.py",
         "rows = budget.max_batch_tokens - len(decodes) - prompts",
