@@ -56,7 +56,11 @@ MUTANTS = [
         "        while doom is None and num_taken < len(token_ids):",
         "        while num_taken < len(token_ids):",
     ),
-    Mutant("engine/lifecycle.py", "        self.holdings.trim(sequence, len(sequence.tokens))\n", ""),
+    Mutant(
+        "engine/lifecycle.py",
+        "        self.holdings.trim(sequence, len(sequence.tokens))\n        assert",
+        "        assert",
+    ),
     Mutant("engine/core.py", "            logprobs = logprobs[: len(token_ids)]\n", ""),
     Mutant(
         "model/runner.py",
