@@ -175,7 +175,7 @@ class GrammarMasks:
         matcher.advance(ids[count:])
         masks = [matcher.mask()]
         if drafts:
-            masks += _masks_behind(matcher.copy(), masks[0], drafts)
+            masks += _masks_behind(matcher.copy(), drafts)
         known.matcher, known.taken = matcher, ids
         return tuple(masks)
 
@@ -196,17 +196,14 @@ def _ids(step: SequenceStep, last_id: int) -> tuple[int, ...]:
     return step.history.output_ids if step.from_place is None else (*step.history.output_ids, last_id)
 
 
-def _masks_behind(matcher: ChoiceMatcher, mask: bytes, drafts: Sequence[int]) -> Iterator[bytes]:
-    """Masks behind each guess, up to the first that `mask`, the one before it, does not allow: it is wrong."""
+def _masks_behind(matcher: ChoiceMatcher, drafts: Sequence[int]) -> Iterator[bytes]:
+    """Masks behind each guess, up to the first that the grammar forbids: it is wrong, and so is all behind it."""
     for draft in drafts:
-        if not mask[draft // 8] >> draft % 8 & 1:
-            return
         try:
             matcher.advance((draft,))
-            mask = matcher.mask()
-        except Exception:  # the guess ends the text, or a limit is passed: if it is right, the next step says so
+            yield matcher.mask()
+        except Exception:  # forbidden, or it ends the text, or a limit is passed: then the next step says so
             return
-        yield mask
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

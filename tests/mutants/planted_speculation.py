@@ -38,7 +38,6 @@ MUTANTS = [
     ),
     Mutant("model/sampling/masks.py", "job.result()[: same + 1]", "job.result()"),
     Mutant("model/sampling/masks.py", "_masks_behind(matcher.copy(), ", "_masks_behind(matcher, "),
-    Mutant("model/sampling/masks.py", "mask[draft // 8] >> draft % 8 & 1", "mask[draft // 8]"),
     Mutant("engine/core.py", "                    lives.drop_drafts(sequence)\n", ""),
     Mutant(
         "engine/lifecycle.py",
