@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant("engine/core.py", "                    lives.drop_drafts(sequence)\n", ""),
     Mutant(
         "engine/lifecycle.py",
-        "        if sequence.drafting is not None and sequence.drafting.num_under_way:\n            sequence.drafting.num_under_way = 0\n",
-        "        if sequence.drafting is not None:\n            sequence.drafting.num_under_way = 0\n        if False:\n",
+        "            sequence.drafting.num_under_way = 0\n            self.holdings.trim",
+        "            sequence.drafting.num_under_way = 0\n            len",
     ),
     Mutant("model/sampling/step.py", "            if draw is None and is_draft:\n", "            if False:\n"),
     Mutant(

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from support.clusters.leases import patient_leases
 
 from twostroke.cluster.config import load_config
 from twostroke.cluster.model_facts import model_facts
 from twostroke.cluster.placement import place
 from twostroke.cluster.supervisor import Supervisor
 from twostroke.worker.machine import machine_facts
+
+__all__ = ["patient_leases"]
 
 
 class Cluster:

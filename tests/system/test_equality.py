@@ -91,7 +91,8 @@ def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -
         assert (counters["handovers"], counters["kv_bytes_moved"]) == (len(moved), sum(moved))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("patient_leases")
 @pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "float32"])
 def test_disaggregated_equals_one_piece_token_for_token(run_cluster, dtype: str):
     prompts = mixed_prompts(4096, seed=dtype)

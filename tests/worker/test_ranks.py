@@ -18,7 +18,8 @@ from twostroke.kv.config import CacheConfig
 from twostroke.worker.rank_order import RankOrder
 from twostroke.worker.ranks import Ranks
 
-LIMIT_S = 150.0
+LIMIT_S = 280.0
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,13 @@ async def test_a_prompt_is_handed_over_between_workers_of_several_ranks(start_wo
 async def serving(checkpoint: Path, *arguments: str) -> tuple[asyncio.subprocess.Process, str, list[int]]:
     """A worker with two more ranks in a process, its address, and the processes of its ranks."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", MAIN, settings_for(checkpoint, num_ranks=2).model_dump_json(), *arguments),
+        *(
+            sys.executable,
+            "-c",
+            MAIN,
+            settings_for(checkpoint, num_ranks=2, drain_timeout_s=LIMIT_S).model_dump_json(),
+            *arguments,
+        ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,6 +1,7 @@
 """The session between a router and a worker: one message per wake-up, one end per order, epochs, stops, drain."""
 
 import asyncio
+import itertools
 from itertools import count
 
 import pytest
@@ -344,9 +345,12 @@ async def test_drain_lets_the_running_end_and_refuses_the_rest(start_worker, rou
     hand = await router_of(decode)
     running = await hand.submit("r", make_prompt(100), [prefill], sampling={"max_tokens": 60, **FREE})
     await running.until(lambda a: len(a.token_ids) > 1)
-    draining = asyncio.ensure_future(hand.stub.Drain(worker_pb2.DrainRequest(timeout_ms=10_000)))
-    await asyncio.sleep(0.05)
-    refused = await (await hand.submit("late", make_prompt(20))).ended()
+    draining = asyncio.ensure_future(hand.stub.Drain(worker_pb2.DrainRequest(timeout_ms=200_000)))
+    async with asyncio.timeout(10):
+        for number in itertools.count():  # until the order to drain has arrived
+            refused = await (await hand.submit(f"late{number}", make_prompt(20), sampling={"max_tokens": 1})).ended()
+            if refused.end.error.code:
+                break
     assert refused.end.error.code == "unavailable"
     assert refused.end.error.retry_after_ms > 0
     response = await draining

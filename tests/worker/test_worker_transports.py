@@ -219,10 +219,13 @@ async def test_the_ring_of_a_cancelled_hand_over_is_never_used_again(start_pair,
 MAIN = textwrap.dedent("""
     import asyncio, logging, sys
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    from twostroke.core.lease import Lease
     from twostroke.kv.handover.transports.grpc import ServerStream
+    from twostroke.worker import process
     from twostroke.worker.main import run_worker
     from twostroke.worker.settings import WorkerSettings
 
+    process.HANDOVER_LEASE = Lease(0.5, 300.0)  # as the fixture `patient_leases`
     num_frames, send = 0, ServerStream.send
 
     async def holding(stream, envelope):
@@ -294,6 +297,7 @@ def rings_of(pid) -> int:
     return sum(NAME in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
 
 
+@pytest.mark.usefixtures("patient_leases")
 async def test_two_processes_hand_over_through_memory_token_for_token(start_one, router_of, make_prompt, all_free):
     child = await start_one(Role.PREFILL, "")
     decode, alone = await start_one(Role.DECODE), await start_one(Role.COMBINED)
@@ -308,6 +312,7 @@ async def test_two_processes_hand_over_through_memory_token_for_token(start_one,
     await all_free(decode)
 
 
+@pytest.mark.usefixtures("patient_leases")
 async def test_kill_9_of_a_prefill_worker_leaves_no_memory(start_one, router_of, make_prompt, all_free):
     child, decode = await start_one(Role.PREFILL, "hold"), await start_one(Role.DECODE)
     before = open_rings()
@@ -321,6 +326,7 @@ async def test_kill_9_of_a_prefill_worker_leaves_no_memory(start_one, router_of,
     assert (decode.rings.num_rings, open_rings()) == (0, before)
 
 
+@pytest.mark.usefixtures("patient_leases")
 async def test_kill_9_of_a_decode_worker_leaves_no_memory(start_one, hand_to, make_prompt, all_free, hold):
     child, prefill = await start_one(Role.DECODE, ""), await start_one(Role.PREFILL)
     before = open_rings()

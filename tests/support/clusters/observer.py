@@ -65,7 +65,7 @@ class Observer:
             f"{sorted(names)} live",
         )
 
-    def await_decode_worker(self, request_id: str, timeout_s: float = 30.0) -> str:
+    def await_decode_worker(self, request_id: str, timeout_s: float = 200.0) -> str:
         """Where a running request was sent."""
         explained: dict[str, Any] = {}
 

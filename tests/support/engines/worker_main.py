@@ -25,6 +25,6 @@ def settings_for(checkpoint, **changes):
         model_name="tiny",
         model=ModelConfig(path=str(checkpoint), **changes.pop("model", {})),
         cluster_key="a key of the tests",
-        drain_timeout_s=5.0,
+        drain_timeout_s=changes.pop("drain_timeout_s", 5.0),
         **changes,
     )

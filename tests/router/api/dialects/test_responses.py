@@ -342,8 +342,8 @@ async def test_a_refused_background_response_is_an_error_at_once(model):
 
 
 async def test_a_background_response_that_fails_is_kept_as_failed(there):
-    slow(there)
-    response = await create(there, background=True, extra_headers={"x-request-timeout": "0.4"})
+    slow(there, 1.0)
+    response = await create(there, background=True, extra_headers={"x-request-timeout": "2"})
     failed = await over(there, response)
     assert (failed.status, failed.error.code) == ("failed", "server_error")
     assert failed.error.message
