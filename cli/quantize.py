@@ -24,7 +24,10 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
     method: Annotated[
-        str, typer.Option(help="rtn, awq, gptq (weights alone), fp8, int8, smoothquant (weights and activations).")
+        str,
+        typer.Option(
+            help="rtn, awq, gptq, nvfp4, mxfp4 (weights alone), fp8, int8, smoothquant (weights and activations)."
+        ),
     ],
     bits: Annotated[int | None, typer.Option(help="3, 4 or 8, for rtn, awq and gptq (4 if not given).")] = None,
     group: Annotated[

@@ -55,7 +55,12 @@ def quantise_layer(
         if settings.method == "gptq" and one is not None:
             factor = Factor(one, settings.damp, settings.ordered)
         for module, weight in tensors.parts(name, joined).items():
-            matrix = _round(module, weight, one, factor=factor, settings=settings, scheme=scheme, dtype=tensors.dtype)
+            if scheme.is_float4:  # matrices that a kernel joins share the scale of the tensor
+                matrix = rounded(weight, grid_of(weight, scheme, tensors.dtype, most=joined.abs().max()), scheme)
+            else:
+                matrix = _round(
+                    module, weight, one, factor=factor, settings=settings, scheme=scheme, dtype=tensors.dtype
+                )
             values = matrix.values(scheme)
             result.served[module + ".weight"] = values
             result.stored |= {

@@ -2,7 +2,8 @@
 
 A grid has a scale, and with zero points a zero, for each group; the value of a number q is (q - zero) * scale. Scales
 are rounded to the dtype in which they are stored before any number is rounded with them.
-Source: Jacob et al. 2018, section 2.1; the integers' range as in compressed-tensors 0.20 (calculate_qparams).
+Source: Jacob et al. 2018, section 2.1; the integers' range as in compressed-tensors 0.20 (calculate_qparams). Four-bit
+floats are in float4.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .float4 import float4_scales, to_e2m1
 from .scheme import BLOCK, Scheme
 
 FLOAT8_MAX = 448.0
@@ -19,15 +21,16 @@ FLOAT8_MAX = 448.0
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales, and zeros if there are any, in the shape of `scales_shape`: float32."""
+    """Scales of a matrix's groups, and zeros if there are any: float32, of one shape."""
 
     scale: Tensor
     zeros: Tensor | None
+    whole: Tensor | None = None  # NVFP4: stored scales are `scale * whole`, in e4m3
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A matrix of few bits. `numbers` [rows, columns] float32: integers, or values of e4m3."""
+    """A matrix of few bits. `numbers` [rows, columns] float32: integers, or values of e4m3 or e2m1."""
 
     numbers: Tensor
     grid: Grid
@@ -40,11 +43,21 @@ class Rounded:
         return numbers * spread(self.grid.scale, scheme, numbers.shape)
 
 
-def grid_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Grid:
+def grid_of(
+    weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0, most: Tensor | None = None
+) -> Grid:
     """Grid from the least and greatest number of each group of weight [rows, columns].
 
-    `dtype`: of stored scales. `shrink`: factor on both ends (scalar, or of the scales' shape), for clipping.
+    `dtype`: of stored scales. `shrink`: factor on both ends (scalar, or of the scales' shape), for clipping. `most`:
+    greatest magnitude of all matrices that share a tensor's scale; None: of this one.
     """
+    if scheme.is_float4:
+        assert scheme.group is not None
+        tops = weight.reshape(len(weight), -1, scheme.group)
+        scale, whole = float4_scales(
+            tops, (tops.abs().max() if most is None else most), scheme.strategy == "tensor_group"
+        )
+        return Grid(scale, None, whole)
     low, high = _ends(weight, scheme)
     low, high = low * shrink, high * shrink
     tiny = torch.finfo(dtype).smallest_normal
@@ -61,6 +74,8 @@ def grid_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor |
 def rounded(weight: Tensor, grid: Grid, scheme: Scheme) -> Rounded:
     """Round weight [rows, columns] to the nearest numbers of a grid."""
     scaled = weight / spread(grid.scale, scheme, weight.shape)
+    if scheme.is_float4:
+        return Rounded(to_e2m1(scaled), grid)
     if scheme.is_float:
         numbers = scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).float()
         return Rounded(numbers, grid)
@@ -71,7 +86,7 @@ def rounded(weight: Tensor, grid: Grid, scheme: Scheme) -> Rounded:
 
 def spread(scale: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
     """Repeat scales so that they broadcast over a matrix of that shape."""
-    if scheme.strategy == "group":
+    if scheme.strategy in ("group", "tensor_group"):
         assert scheme.group is not None
         return scale.repeat_interleave(scheme.group, 1)[:, : shape[1]]
     if scheme.strategy == "block":

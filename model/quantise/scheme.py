@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from ...core.errors import ConfigError
 
-MethodName = Literal["rtn", "fp8", "int8", "smoothquant", "awq", "gptq"]
-METHODS: tuple[MethodName, ...] = ("rtn", "fp8", "int8", "smoothquant", "awq", "gptq")
+MethodName = Literal["rtn", "fp8", "int8", "smoothquant", "awq", "gptq", "nvfp4", "mxfp4"]
+METHODS: tuple[MethodName, ...] = ("rtn", "fp8", "int8", "smoothquant", "awq", "gptq", "nvfp4", "mxfp4")
 WEIGHT_ONLY: tuple[MethodName, ...] = ("rtn", "awq", "gptq")
 GROUP = 128  # columns per scale at 3 and 4 bits, or the largest divisor below
 LEAST_GROUP = 16  # smaller groups cost more bits for scales than they save
 BLOCK = (128, 128)
+_SCALES_OF_FLOAT4 = {"tensor_group": "torch.float8_e4m3fn", "group": "torch.uint8"}  # as configs name them
+FLOAT4_GROUPS = {"nvfp4": 16, "mxfp4": 32}  # columns per scale; the formats leave no choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,14 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How all matrices of the layers are quantised. `group`: columns per scale; None: a row, a block or all."""
+    """How all matrices of the layers are quantised. `group`: columns per scale; None: a row, a block or all.
+
+    "tensor_group": scales of groups are themselves rounded to 8 bits, under a scale of the tensor (NVFP4).
+    """
 
     bits: int
     is_float: bool = False
-    strategy: Literal["tensor", "channel", "group", "block"] = "channel"
+    strategy: Literal["tensor", "channel", "group", "tensor_group", "block"] = "channel"
     group: int | None = None
     symmetric: bool = True
     activations: Activations | None = None
@@ -55,9 +60,16 @@ class Scheme:
     @property
     def format(self) -> str:
         """compressed-tensors' name of the stored form."""
+        if self.is_float4:
+            return "nvfp4-pack-quantized" if self.strategy == "tensor_group" else "mxfp4-pack-quantized"
         if self.is_float:
             return "float-quantized"
         return "pack-quantized" if self.activations is None else "int-quantized"
+
+    @property
+    def is_float4(self) -> bool:
+        """True if numbers are e2m1."""
+        return self.is_float and self.bits == 4
 
     @property
     def least(self) -> int:
@@ -80,6 +92,7 @@ class Scheme:
             **({} if self.group is None else {"group_size": self.group}),
             **({"block_structure": list(BLOCK)} if self.strategy == "block" else {}),
             **({"actorder": "weight"} if self.ordered else {}),
+            **({"scale_dtype": _SCALES_OF_FLOAT4[self.strategy]} if self.is_float4 else {}),
         }
         group = {
             "targets": ["Linear"],
@@ -100,10 +113,12 @@ class Scheme:
 
     def describe(self) -> str:
         """The scheme in words, for the report."""
-        shared = {"tensor": "tensor", "channel": "row", "block": "block of 128 x 128", "group": f"{self.group} columns"}
+        shared = {"tensor": "tensor", "channel": "row", "block": "block of 128 x 128"}.get(
+            self.strategy, f"{self.group} columns"
+        )
         rounded = "" if self.activations is None else f", activations 8 bits per {self.activations.strategy}"
-        kind = "e4m3" if self.is_float else f"{self.bits}-bit integers"
-        return f"{kind}, a scale per {shared[self.strategy]}{'' if self.symmetric else ' and a zero point'}{rounded}"
+        kind = ("e2m1" if self.is_float4 else "e4m3") if self.is_float else f"{self.bits}-bit integers"
+        return f"{kind}, a scale per {shared}{'' if self.symmetric else ' and a zero point'}{rounded}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +153,8 @@ def scheme_of(settings: Settings, widths: Sequence[tuple[str, int]]) -> Scheme:
         raise ConfigError(f"--granularity is {settings.granularity!r}; only fp8 has it: leave it out")
     if not 0 < settings.damp < 1:
         raise ConfigError(f"--damp is {settings.damp}; must be between 0 and 1, e.g. 0.01")
+    if method in FLOAT4_GROUPS:
+        return _float4(settings, widths)
     if method not in WEIGHT_ONLY:
         return _eight_bits(settings)
     bits = 4 if bits is None else bits
@@ -168,6 +185,22 @@ def _eight_bits(settings: Settings) -> Scheme:
         return Scheme(8, True, settings.granularity, activations=rounded)
     strategy: Literal["token", "tensor"] = "token" if settings.level == "o1" else "tensor"
     return Scheme(8, activations=Activations(False, strategy, dynamic=settings.level != "o3"))
+
+
+def _float4(settings: Settings, widths: Sequence[tuple[str, int]]) -> Scheme:
+    method, group = settings.method, FLOAT4_GROUPS[settings.method]
+    if settings.bits not in (None, 4):
+        raise ConfigError(f"--bits is {settings.bits}; {method} has 4: leave it out")
+    if settings.group not in (None, group):
+        raise ConfigError(f"--group is {settings.group}; {method} has groups of {group}: leave it out")
+    if not settings.symmetric:
+        raise ConfigError(f"--asymmetric is for rtn, awq and gptq; {method} has no zero points: leave it out")
+    for name, columns in widths:
+        if columns % group:
+            raise ConfigError(
+                f"{method} has groups of {group} columns, and {name} has {columns}; take rtn, awq or gptq"
+            )
+    return Scheme(4, True, "tensor_group" if method == "nvfp4" else "group", group)
 
 
 def _group(given: int | None, bits: int, widths: Sequence[tuple[str, int]]) -> int | None:

@@ -38,6 +38,8 @@ FORMS = {
     "fp8-tensor": Settings("fp8", granularity="tensor"),
     "fp8-channel": Settings("fp8"),
     "fp8-block": Settings("fp8", granularity="block"),
+    "nvfp4": Settings("nvfp4"),
+    "mxfp4": Settings("mxfp4"),
 }
 FAMILIES = ("phi3", "gemma3", "mixtral", "qwen2-moe", "deepseek-v2")
 NO_CALIBRATION = [name for name in FORMS if not name.startswith("smooth")]  # their matrices are the same everywhere

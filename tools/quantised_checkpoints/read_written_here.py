@@ -9,13 +9,16 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from base import digest
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROLES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+ROLES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
 
 
 def read(folder: Path) -> dict[str, str]:
@@ -32,8 +35,19 @@ def read(folder: Path) -> dict[str, str]:
         if role == "weight_scale":
             state = {role: tensors[f"{module}.{role}"] for role in ROLES if f"{module}.{role}" in tensors}
             state["weight_scale"] = state["weight_scale"].float()  # else it rounds the products to bfloat16
-            found[f"{module}.weight"] = digest(compressor.decompress(state, scheme)["weight"])
+            if "weight_global_scale" in state:
+                found[f"{module}.weight"] = digest(_nvfp4(state, scheme))
+            else:
+                found[f"{module}.weight"] = digest(compressor.decompress(state, scheme)["weight"])
     return found
+
+
+def _nvfp4(state: dict[str, Tensor], scheme: QuantizationScheme) -> Tensor:
+    """What the library's `decompress` does, in float32: it rounds the products to bfloat16."""
+    packed = state["weight_packed"]
+    numbers = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], dtype=torch.float32)
+    whole = state["weight_global_scale"]
+    return dequantize(numbers, state["weight_scale"], args=scheme.weights, global_scale=whole, dtype=torch.float32)
 
 
 if __name__ == "__main__":
