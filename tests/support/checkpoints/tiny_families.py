@@ -219,7 +219,7 @@ def write_family(family: TinyFamily, directory: Path) -> None:
             elif name.endswith("sinks"):
                 tensor.uniform_(-2.0, 3.0)
             elif name.endswith("experts.gate_up_proj"):
-                tensor.mul_(4.0)  # so that some gates are clamped
+                tensor.mul_(2.5)  # so that some gates are clamped
             elif name.endswith(("mlp.gate.weight", "mlp.router.weight", "shared_expert_gate.weight")):
                 tensor.normal_(0.0, 0.4)
     model.save_pretrained(directory, max_shard_size=family.shard_size)
