@@ -213,7 +213,7 @@ def deepseek_v3(config: Fields) -> Family:
 
 
 def gpt_oss(config: Fields) -> Family:
-    """Read gpt-oss: attention with sinks, a window in every other layer, biases everywhere, experts with a clamped gate."""
+    """Read gpt-oss: attention with sinks, a window in every other layer, biases everywhere, experts with clamped gates."""
     config.refuse(*_CAPS, "mlp_bias")
     for name, served in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0), ("hidden_act", "silu")):
         if (found := config.config.get(name)) not in (None, served):
@@ -227,9 +227,7 @@ def gpt_oss(config: Fields) -> Family:
     )
     ffn = ExpertsFfn(config.count("intermediate_size", 2880), checked(config, routing), bias=True)
     rope = gpt_oss_rope(config, plain.head_dim)
-    return Family(
-        replace(plain, sinks=True), plain_layers(config, ffn, windows), rope, "clamped_swiglu", rms_eps=1e-5
-    )
+    return Family(replace(plain, sinks=True), plain_layers(config, ffn, windows), rope, "clamped_swiglu", rms_eps=1e-5)
 
 
 FAMILIES: dict[str, Callable[[Fields], Family]] = {

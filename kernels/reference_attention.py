@@ -180,7 +180,7 @@ def _attend(queries: _QueryTiles, keys: _KeyTiles, values: _KeyTiles, rules: _Ru
     # The maximum does not depend on order. Sums over tiles are taken in tile order, where absent tiles add 0.
     top = scores.amax(dim=(1, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # [n, 1, heads, rows, 1]
     if rules.sinks is not None:
-        sinks = rules.sinks.view(1, 1, heads, 1, group).expand(1, 1, heads, QUERY_TILE, group).reshape(1, 1, heads, -1, 1)
+        sinks = rules.sinks.view(heads, 1, group).expand(heads, QUERY_TILE, group).reshape(1, 1, heads, -1, 1)
         top = torch.maximum(top, sinks)
     weights = torch.exp(scores - top)
     total = _sum_in_order(weights.sum(-1, keepdim=True))

@@ -39,7 +39,7 @@ from twostroke.kernels.gpu import (
     rotary_store,
     store_kv,
 )
-from twostroke.kernels.reference import Planes
+from twostroke.kernels.reference import Activation, Planes
 from twostroke.kernels.reference_attention import Chunk
 from twostroke.kernels.reference_kv import DigestKeys, Rotation, Seal
 
@@ -74,6 +74,11 @@ class Shape:
     softcap: float | None = None
     gemma: bool = False
     sinks: bool = False  # as gpt-oss, with its clamped gate
+
+    @property
+    def activation(self) -> Activation:
+        """Of its feed-forward layers."""
+        return "gelu_tanh" if self.gemma else "clamped_swiglu" if self.sinks else "silu"
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -122,9 +127,7 @@ def calls(shape: Shape) -> dict[str, Callable[[], object]]:
         "rms_norm": lambda: norm.rms_norm(x, weight, 1e-5, unit_offset=shape.gemma),
         "rms_norm of heads": lambda: norm.rms_norm(q, heads, 1e-5, unit_offset=shape.gemma),
         "add_rms_norm": lambda: norm.add_rms_norm(x, x, weight, 1e-5, unit_offset=shape.gemma),
-        "act_mul": lambda: activation.act_mul(
-            shape.tensor(_TOKENS, 2 * shape.ffn), "gelu_tanh" if shape.gemma else "clamped_swiglu" if shape.sinks else "silu"
-        ),
+        "act_mul": lambda: activation.act_mul(shape.tensor(_TOKENS, 2 * shape.ffn), shape.activation),
         "store_kv": lambda: store_kv.store_kv(k, v, slots, planes["k_planes"], planes["v_planes"]),
         "rotary_store_kv": lambda: rotary_store.rotary_store_kv(q, k, v, slots, turn, **planes, seal=Seal(keys, 3)),
         "paged_decode_attention": lambda: paged_decode.paged_decode_attention(queries[:_SEQUENCES], *args, **rules),

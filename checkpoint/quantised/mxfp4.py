@@ -30,7 +30,7 @@ class Mxfp4:
         keys.know((), (*INFORMATIVE, "modules_to_not_convert", "dequantize"))
 
     def matrices(self, tensors: ModuleTensors) -> dict[str, StackedFloat4Matrix]:
-        """How each expert's matrices are stored, by the names of the float ones. Raises CheckpointError as `Method.matrix`."""
+        """How each expert's matrices are stored, by the names of the float ones. Raises as `Method.matrix`."""
         tensors.only(*self.roles)
         found: dict[str, StackedFloat4Matrix] = {}
         for matrix in _MATRICES:

@@ -110,7 +110,7 @@ def add_values(weights, v, v_scale, out, PRECISE: tl.constexpr, INTERPRETED: tl.
 
 @triton.jit
 def add_sinks(sinks_ptr, head, real, top, total, out):  # noqa: PLR0917
-    """Running sum [rows] and values [rows, width] with the sinks of `head` [rows]: one more score each, without a value.
+    """Running sum [rows] and values [rows, width] with the sinks of `head` [rows]: one more score without a value.
 
     Called last, when a row's splits are combined. The maximum `top` is in base 2 and may be -inf.
     """

@@ -104,10 +104,9 @@ def _combine_splits_kernel(  # noqa: PLR0917
         out = out * shrink + numbers * share
         top = higher
     if SINKS:
-        head = tl.program_id(1) + tl.zeros((1,), tl.int32)  # one row
-        total_row, out_row = add_sinks(
-            sinks_ptr, head, head >= 0, top + tl.zeros((1,), tl.float32), total + tl.zeros((1,), tl.float32), out[None, :]
-        )
+        one = tl.zeros((1,), tl.float32)
+        head = tl.program_id(1) + tl.zeros((1,), tl.int32)
+        total_row, out_row = add_sinks(sinks_ptr, head, head >= 0, top + one, total + one, out[None, :])
         total, out = tl.sum(total_row), tl.sum(out_row, axis=0)
     out = out / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)

@@ -2,7 +2,8 @@
 
 A token's output is the sum of its experts' outputs, in ascending order of expert numbers, in float32, rounded once. So
 it depends on the token's own row only, not on other rows that chose the same experts.
-Source: Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024) for groups, correction and shared experts; gpt-oss (2025).
+Source: Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024) for groups, correction and shared experts;
+gpt-oss (2025) for the softmax of the chosen.
 """
 
 from __future__ import annotations

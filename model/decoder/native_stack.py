@@ -1,7 +1,7 @@
 """All layers of a decoder in one call of the CPU kernels, without Python between ops.
 
-Serves models whose layers all have plain attention without sinks and a dense gate; other models run op by op. Both give the same
-bits. During the call the GIL is free for the worker's face.
+Serves models whose layers all have plain attention without sinks and a dense gate; other models run op by op. Both
+give the same bits. During the call the GIL is free for the worker's face.
 
 A rank of a `SharedMemoryGroup` adds its partial results to those of the others inside the call. They stay float32 until
 they are added, so there the bits are not those of op by op, which rounds them first.

@@ -298,6 +298,7 @@ class NativeOps:
         values: Planes,
         layout: StepSpans,
         kind: AttentionKind,
+        *,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of the spans' rows to the cache; [rows, heads, value width]. Rows of no span are zeros.

@@ -216,6 +216,7 @@ class Ops(Protocol):
         values: Planes,
         layout: Any,
         kind: AttentionKind,
+        *,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of a step's rows to the cache, including their own tokens, which were written before.

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...kernels.reference import Planes, decode_rows
 from .elementwise import softcapped
@@ -134,6 +135,7 @@ class Attention:
         values: Planes,
         layout: AttentionLayout,
         kind: AttentionKind,
+        *,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of queries [rows, heads, width] per part. The step's keys and values are already stored.
@@ -158,9 +160,7 @@ class Attention:
             return keys, keys[shared]
         return keys, _tiles(planes[-1], head_rows, self.shape.value_width)
 
-    def _attend_wide(
-        self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: _How, out: Tensor
-    ) -> None:
+    def _attend_wide(self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: _How, out: Tensor) -> None:
         kind, block_tokens, group = how.kind, how.block_tokens, self.shape.group
         seen = _seen_tiles(span.start, span.num_rows, kind.window)
         blocks = torch.tensor([_blocks(span, seen, block_tokens)])
@@ -184,7 +184,7 @@ class Attention:
                 heads = slice(head * group, (head + 1) * group)
                 taken = [_with_spare(part[rows, heads].flatten(0, 1), spare) for part in q]
                 keys = [part[0, head, at] for part in key_parts]
-                sink = None if how.sinks is None else _with_spare(how.sinks[head].repeat(count).unsqueeze(1), spare)[:, 0]
+                sink = None if how.sinks is None else F.pad(how.sinks[head].repeat(count), (0, spare))
                 mixed = self._slab(taken, keys, value_parts[0, head, at], _SlabRules(hidden, kind.softcap, sink))
                 out[rows, heads] = mixed[: count * group].view(count, group, -1)
 
@@ -213,9 +213,7 @@ class Attention:
             total = total + torch.exp(sink - largest)
         return (mixed + 0.0) / total.unsqueeze(-1)  # + 0.0: the sign of zero must not depend on hidden tiles
 
-    def _attend_narrow(
-        self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, how: _How, out: Tensor
-    ) -> None:
+    def _attend_narrow(self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, how: _How, out: Tensor) -> None:
         kind = how.kind
         num_spans, queries = narrow.rows.shape
         kv_heads, group, _, width = self.shape

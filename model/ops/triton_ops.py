@@ -199,6 +199,7 @@ class TritonOps:
         values: Planes,
         layout: Layout,
         kind: AttentionKind,
+        *,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention by `kernels/gpu/paged_decode.py` (single rows) and `kernels/gpu/ragged_prefill.py` (chunks)."""

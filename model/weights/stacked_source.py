@@ -1,4 +1,4 @@
-"""Implements `PartSource` over a checkpoint that stacks its experts: each expert's tensors under a name of their own."""
+"""Implements `PartSource` over a checkpoint that stacks its experts: each expert's tensors by names of their own."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ class Cache:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The oracle: causal float64 attention of the last len(q) positions, [tokens, q_heads, width]."""

@@ -76,11 +76,9 @@ def test_sinks_of_every_size(make_cache: Any, codec: str, window: int | None) ->
     )
     assert relative_error(defined, cache, q, 0.2, **options) < 5e-5
     assert relative_error(run(cache, q, 0.2, window=window), cache, q, 0.2, **options) > 0.1
-    args = cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens
     for s in range(4):  # the same bits in any batch
-        one = slice(s, s + 1)
-        alone = paged_decode_attention(q[one], *args[:2], cache.block_tables[one], cache.context_lens[one], scale=0.2, **options)
-        assert torch.equal(alone[0], out[s])
+        args = cache.k_planes, cache.v_planes, cache.block_tables[s : s + 1], cache.context_lens[s : s + 1]
+        assert torch.equal(paged_decode_attention(q[s : s + 1], *args, scale=0.2, **options)[0], out[s])
     cache.context_lens[0] = 0
     assert not run(cache, q, 0.2, **options)[0].any()
 

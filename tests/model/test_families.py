@@ -188,9 +188,7 @@ def test_every_feature_acts_in_these_models(
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-def test_sinks_act_in_these_models(
-    kernels: str, family_directory: Callable[[str], Path], make_hand: Callable
-) -> None:
+def test_sinks_act_in_these_models(kernels: str, family_directory: Callable[[str], Path], make_hand: Callable) -> None:
     ids, hand = prompts((120,))[0], make_hand(family_directory("gpt-oss"), kernels=kernels)
     (real,) = hand.logits([("a", 0, ids)])
     layers = []

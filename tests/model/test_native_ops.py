@@ -326,7 +326,7 @@ def test_attention_is_the_definition(dtype: torch.dtype, codec: str, kind: str) 
         rows = q if ops.row_multiple == 1 else padded(q)
         layout = ops.lay_out(spans, BLOCK)
         sinks = SINKS if kind == "sinks" else None
-        answers.append(ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind], sinks)[:75])
+        answers.append(ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind], sinks=sinks)[:75])
     close(answers[0], answers[1], dtype)
 
 
@@ -355,7 +355,7 @@ def test_a_sink_is_a_key_without_a_value(dtype: torch.dtype) -> None:
     def attended(keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         cache = Cache(ops, (len(keys),), (keys, values), "fp32" if dtype == F32 else "bf16")
         layout = ops.lay_out([Span(0, len(keys) - 1, 1, cache.tables[0])], BLOCK)
-        return ops.attend((q,), cache.planes[:1], cache.planes[1], layout, AttentionKind(1.0), sinks)
+        return ops.attend((q,), cache.planes[:1], cache.planes[1], layout, AttentionKind(1.0), sinks=sinks)
 
     with_key = attended(torch.cat((first, k)), torch.cat((torch.zeros_like(first), v)), None)
     close(attended(k, v, torch.full((heads,), sink)), with_key, dtype, roundings=2)
@@ -375,7 +375,7 @@ def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torc
         layout = ops.lay_out([Span(0, start, count, cache.tables[0])], BLOCK)
         rows = q[start : start + count].contiguous()
         sinks = SINKS if kind == "sinks" else None
-        return ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind], sinks)
+        return ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind], sinks=sinks)
 
     q[130], q[131, 0, 0], q[132], q[133, 3] = q[130] * 1e38, float("nan"), float("inf"), float("-inf")
     whole = attend(two, 0, length)
