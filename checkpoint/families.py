@@ -213,7 +213,7 @@ def deepseek_v3(config: Fields) -> Family:
 
 
 def gpt_oss(config: Fields) -> Family:
-    """Read gpt-oss: attention with sinks, a window in every other layer, biases everywhere, experts with clamped gates."""
+    """Read gpt-oss: attention sinks, a window in every other layer, biases everywhere, experts with clamped gates."""
     config.refuse(*_CAPS, "mlp_bias")
     for name, served in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0), ("hidden_act", "silu")):
         if (found := config.config.get(name)) not in (None, served):
