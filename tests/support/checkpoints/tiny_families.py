@@ -218,7 +218,7 @@ def write_family(family: TinyFamily, directory: Path) -> None:
                 tensor.uniform_(-0.5, 0.5)
             elif name.endswith("sinks"):
                 tensor.uniform_(-2.0, 3.0)
-            elif name.endswith("experts.gate_up_proj"):
+            elif name.endswith("experts.gate_up_proj") and family.config == "GptOssConfig":
                 tensor.mul_(2.5)  # so that some gates are clamped
             elif name.endswith(("mlp.gate.weight", "mlp.router.weight", "shared_expert_gate.weight")):
                 tensor.normal_(0.0, 0.4)
