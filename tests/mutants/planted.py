@@ -68,7 +68,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
     "checkpoint/adapters/": ("tests/checkpoint/test_adapters.py",),
-    "checkpoint/stacked": ("tests/checkpoint/test_family_configs.py",),
+    "checkpoint/stacked": ("tests/checkpoint/test_family_configs.py", "tests/model/test_quantised_checkpoints.py"),
     "checkpoint/quantised/mxfp4": (
         "tests/checkpoint/test_quantised_plan.py",
         "tests/model/test_quantised_checkpoints.py",
