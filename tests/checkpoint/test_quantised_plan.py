@@ -146,6 +146,9 @@ def test_names_the_tensor_and_the_file_of_what_does_not_fit(
     assert "model.safetensors" in str(raised.value)
 
 
+BLOCKS = "gate_up_proj_blocks has shape"
+
+
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
@@ -153,8 +156,8 @@ def test_names_the_tensor_and_the_file_of_what_does_not_fit(
         (without("model.layers.1.mlp.experts.down_proj_scales"), "no file holds .*down_proj_scales"),
         (without("model.layers.1.mlp.experts.down_proj_blocks"), "no file holds .*down_proj_blocks"),
         (retyped("model.layers.1.mlp.experts.down_proj_blocks", torch.int32), "down_proj_blocks is I32"),
-        (added("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(6, 63, 2, 16, dtype=torch.uint8)), "asks"),
-        (added("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(6, 64, 32, dtype=torch.uint8)), "asks"),
+        (added("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(6, 63, 2, 16, dtype=torch.uint8)), BLOCKS),
+        (added("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(6, 64, 32, dtype=torch.uint8)), BLOCKS),
     ],
 )
 def test_names_the_stack_that_does_not_fit(
