@@ -15,7 +15,11 @@ MUTANTS = [
     ),
     Mutant("model/weights/stacked_source.py", "part.first :: part.step", ":: part.step"),
     Mutant("model/decoder/experts.py", "torch.exp(best - best[:, :1])", "torch.exp(best - best[:, :1]) + 1.0"),
-    Mutant("model/ops/torch_attention.py", "total = total + torch.exp(sink - largest)\n        mixed", "mixed"),
+    Mutant(
+        "model/ops/torch_attention.py",
+        "total = total + torch.exp(sink - largest)\n        mixed",
+        "pass\n        mixed",
+    ),
     Mutant("model/ops/elementwise.py", "up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)", "up.clamp(max=CLAMPED_LIMIT)"),
     Mutant("checkpoint/gguf/special_ids.py", "if tokens[i] != _MESSAGE_END]", "if True]"),
     Mutant("text/tokenizer.py", "if token.special}\n    return tuple(special", "}\n    return tuple(special"),
