@@ -78,6 +78,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/adapters": ("tests/engine/test_adapters.py",),
     "model/ops/native_changes": ("tests/model/test_adapters.py",),
     "model/ops/low_rank": ("tests/model/test_adapters.py",),
+    "model/ops/torch_attention": ("tests/model/test_native_ops.py",),
     "model/ops/": ("tests/model/test_quantised_checkpoints.py",),
     "model/weights/": ("tests/model/test_quantised_checkpoints.py",),
     "model/decoder/": ("tests/model/test_quantised_checkpoints.py",),
