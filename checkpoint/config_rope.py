@@ -25,6 +25,7 @@ _LONGEST = {
     "Qwen2MoeForCausalLM": 32768,
     "Qwen3MoeForCausalLM": 32768,
     "DeepseekV3ForCausalLM": 4096,
+    "GptOssForCausalLM": 131072,
 }
 
 

@@ -50,8 +50,12 @@ def rank_cuts(rank: RankSpec, present: Container[str]) -> dict[str, Cut]:
     table = EMBEDDING if whole.tied_embeddings else HEAD
     cuts = {HEAD: Cut(table, ROWS, (shard.padded(whole.vocab_size),))}
     for index in range(whole.num_layers):
-        for name, matrix in layer_layout(whole, index, present).matrices.items():
+        layout = layer_layout(whole, index, present)
+        for name, matrix in layout.matrices.items():
             cuts.update(_cuts_of(name.split()[-1], matrix, rank))
+        if "sinks" in layout.vectors:  # one of each query head
+            sinks, heads = layout.vectors["sinks"]
+            cuts[sinks] = Cut(sinks, ROWS, (shard.even(heads),))
     return cuts
 
 

@@ -7,6 +7,7 @@ by name; an unsupported part with tensors is found as an unexpected tensor when 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..core.errors import CheckpointError
@@ -20,6 +21,7 @@ from .family_parts import (
     deepseek,
     gemma,
     gemma_attention,
+    gpt_oss_rope,
     num_experts,
     plain_attention,
     plain_layers,
@@ -210,6 +212,24 @@ def deepseek_v3(config: Fields) -> Family:
     return deepseek(config, routing, dense_layers=3, shared=1, moe_width=2048, mlp_bias=False)
 
 
+def gpt_oss(config: Fields) -> Family:
+    """Read gpt-oss: attention sinks, a window in every other layer, biases everywhere, experts with clamped gates."""
+    config.refuse(*_CAPS, "mlp_bias")
+    for name, served in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0), ("hidden_act", "silu")):
+        if (found := config.config.get(name)) not in (None, served):
+            raise config.wrong(name, found, str(served))
+    bias, count = config.flag("attention_bias", True), config.count("num_hidden_layers")
+    plain = plain_attention(config, head_dim=64, qkv_bias=bias, output_bias=bias)
+    window = config.optional_count("sliding_window", 128)
+    windows = windows_of(config, window, [None if i % 2 else window for i in range(count)])
+    routing = Routing(
+        num_experts(config, 128), config.count("num_experts_per_tok", 4), scores="softmax_of_chosen", bias=True
+    )
+    ffn = ExpertsFfn(config.count("intermediate_size", 2880), checked(config, routing), bias=True)
+    rope = gpt_oss_rope(config, plain.head_dim)
+    return Family(replace(plain, sinks=True), plain_layers(config, ffn, windows), rope, "clamped_swiglu", rms_eps=1e-5)
+
+
 FAMILIES: dict[str, Callable[[Fields], Family]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
@@ -224,4 +244,5 @@ FAMILIES: dict[str, Callable[[Fields], Family]] = {
     "Qwen3MoeForCausalLM": qwen3_moe,
     "DeepseekV2ForCausalLM": deepseek_v2,
     "DeepseekV3ForCausalLM": deepseek_v3,
+    "GptOssForCausalLM": gpt_oss,
 }

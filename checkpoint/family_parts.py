@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import CheckpointError
 from .config_fields import Fields
-from .config_rope import Rope, read_rope, yarn_magnitude
+from .config_rope import Rope, read_rope, rope_of, shared_parameters, yarn_magnitude
 from .spec import (
     Activation,
     DenseFfn,
@@ -204,6 +204,24 @@ def gemma(
     activation = act(config, "hidden_activation", "gelu_pytorch_tanh")
     local = ropes[1] if len(ropes) > 1 else None
     return Family(attention, layers, ropes[0], activation, local_rope=local, gemma=fields)
+
+
+# ------------------------------------------------------------------ gpt-oss
+
+_GPT_OSS_ROPE = {  # of its releases, for a config without any
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def gpt_oss_rope(config: Fields, head_dim: int) -> Rope:
+    """Read the rotary positions of gpt-oss: YaRN, with the releases' values if the config has none."""
+    parameters = shared_parameters(config) or _GPT_OSS_ROPE
+    return rope_of(config, parameters, head_dim, theta=config.number("rope_theta", 150000.0))
 
 
 # ------------------------------------------------------------------ DeepSeek

@@ -50,14 +50,18 @@ class _Names:
     """Tensor names of a family's experts."""
 
     block: str = "mlp"
+    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_experts"
 
 
-_MIXTRAL = _Names("block_sparse_moe", "w1", "w3", "w2")
-_EXPERT_NAMES = {"MixtralForCausalLM": _MIXTRAL, "Qwen2MoeForCausalLM": _Names(shared="shared_expert")}
+_EXPERT_NAMES = {
+    "MixtralForCausalLM": _Names("block_sparse_moe", gate="w1", up="w3", down="w2"),
+    "Qwen2MoeForCausalLM": _Names(shared="shared_expert"),
+    "GptOssForCausalLM": _Names(router="router"),
+}
 
 
 def layer_layout(spec: ModelSpec, index: int, present: Container[str]) -> LayerLayout:
@@ -95,6 +99,8 @@ def _plain(layout: LayerLayout, a: PlainAttention, hidden: int, at: str, present
         layout.vectors.update(
             {"q_norm": (at + "q_norm.weight", a.head_dim), "k_norm": (at + "k_norm.weight", a.head_dim)}
         )
+    if a.sinks:
+        layout.vectors["sinks"] = (at + "sinks", a.num_heads)
 
 
 def _latent(layout: LayerLayout, a: LatentAttention, hidden: int, at: str) -> None:
@@ -127,14 +133,14 @@ def _dense(
 def _experts(layout: LayerLayout, ffn: ExpertsFfn, spec: ModelSpec, at: str, present: Container[str]) -> None:
     names, hidden, routing = _EXPERT_NAMES.get(spec.architecture, _Names()), spec.hidden_size, ffn.routing
     at += names.block + "."
-    scored = [(at + "gate", routing.num_experts)]
+    scored = [(at + names.router, routing.num_experts)]
     if ffn.shared_gate:
         scored.append((at + "shared_expert_gate", 1))
-    layout.matrices["router"] = Matrix(tuple(scored), hidden, exact=True)
+    layout.matrices["router"] = Matrix(tuple(scored), hidden, routing.bias, exact=True)
     if routing.correction:
         layout.vectors["correction"] = (at + "gate.e_score_correction_bias", routing.num_experts)
     for expert in range(routing.num_experts):
-        one = DenseFfn(ffn.width)
+        one = DenseFfn(ffn.width, ffn.bias)
         layout.matrices.update(
             _dense(one, hidden, f"{at}experts.{expert}.", present, names=names, prefix=f"expert {expert} ")
         )

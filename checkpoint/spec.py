@@ -12,7 +12,7 @@ from ..kv.spec import CODEC_NAMES, KvSpec, attention_spec, mla_spec
 
 DType = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
 
@@ -59,6 +59,7 @@ class PlainAttention:
     qkv_bias: bool = False
     output_bias: bool = False
     head_norms: bool = False  # queries and keys are normalised per head, before rotation
+    sinks: bool = False  # each head has a score that takes part in its softmax, without a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,13 @@ class Routing:
 
     num_experts: int
     per_token: int
-    scores: Literal["softmax", "sigmoid"] = "softmax"
+    scores: Literal["softmax", "sigmoid", "softmax_of_chosen"] = "softmax"
     normalised: bool = False  # weights of the chosen experts sum to one
     scale: float = 1.0
     num_groups: int = 1
     groups_per_token: int = 1
     correction: bool = False  # a bias that affects only the choice; groups score by their two best experts
+    bias: bool = False  # added to the scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class ExpertsFfn:
     shared_width: int | None = None
     shared_gate: bool = False  # the shared expert's weight is the sigmoid of its own score
     shared_bias: bool = False
+    bias: bool = False  # of every expert
 
 
 @dataclass(frozen=True, slots=True)

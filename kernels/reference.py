@@ -20,7 +20,8 @@ MIN_SCALE_BYTE = 11
 MAX_SCALE_BYTE = 246
 LARGEST_E4M3 = 0x7E  # 448
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+CLAMPED_LIMIT, CLAMPED_SLOPE = 7.0, 1.702  # of "clamped_swiglu"
 
 
 class Planes(NamedTuple):
@@ -89,9 +90,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     """`activation(gate) * up` of gate_up [..., 2 * ffn], gate first; [..., ffn]. Rounded once, at the end.
 
-    Source: SwiGLU and GEGLU, Shazeer 2020; "gelu_tanh" is the tanh form of Hendrycks and Gimpel 2016.
+    "clamped_swiglu": gate is at most the limit, up within plus and minus it; gate * sigmoid(slope * gate) * (up + 1).
+    Source: SwiGLU and GEGLU, Shazeer 2020; "gelu_tanh" is the tanh form of Hendrycks and Gimpel 2016; the clamped form
+    is gpt-oss's (2025).
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=CLAMPED_LIMIT), up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
+        return (gate * torch.sigmoid(CLAMPED_SLOPE * gate) * (up + 1)).to(gate_up.dtype)
     if activation == "silu":
         active = torch.nn.functional.silu(gate)
     else:

@@ -31,6 +31,7 @@ def paged_decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of each sequence's newest token to the cache.
 
@@ -38,7 +39,8 @@ def paged_decode_attention(
     block_tables [num_seqs, max_blocks] integer block ids, of which the first ceil(context / block_tokens) are read;
     context_lens [num_seqs] counts the newest token, which is already stored; 0 is padding and gives zeros.
     `window`: a query at position p sees the keys p - window < j <= p only. `softcap`: scores become
-    `softcap * tanh(scores / softcap)` (Gemma 2, 2024).
+    `softcap * tanh(scores / softcap)` (Gemma 2, 2024). `sinks` [q_heads] float32: a score of each head that takes part
+    in its rows' softmax without a value, neither scaled nor capped (gpt-oss, 2025; Xiao et al. 2023).
     Returns [num_seqs, q_heads, width] in q's dtype. Bytes beyond a context do not affect the result.
 
     The result of a row depends on its own sequence only, bit for bit: keys are summed in order by tiles of 64 absolute
@@ -46,7 +48,7 @@ def paged_decode_attention(
     Prefill and decode share it. K scales multiply score columns and V scales probability columns.
     Source: paged attention, Kwon et al. 2023; splits over keys, Flash-Decoding (Dao et al. 2023).
     """
-    rules = _Rules(scale, window, softcap)
+    rules = _Rules(scale, window, softcap, sinks)
     contexts = context_lens.to(torch.int64)
     rows = (contexts - 1).clamp(min=0) % QUERY_TILE
     tile = q.new_zeros((q.shape[0], QUERY_TILE, q.shape[1], q.shape[2]), dtype=torch.float32)
@@ -68,6 +70,7 @@ def ragged_prefill_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     chunk: Chunk | None = None,
     precise: bool = True,
 ) -> Tensor:
@@ -82,7 +85,7 @@ def ragged_prefill_attention(
     instead. `precise=False` lets a kernel round probabilities to bf16 before multiplying values.
     """
     del chunk, precise  # the definition reads the cache, in float32
-    rules = _Rules(scale, window, softcap)
+    rules = _Rules(scale, window, softcap, sinks)
     out = torch.empty_like(q)
     starts = query_starts.tolist()
     for s, context in enumerate(context_lens.tolist()):
@@ -111,6 +114,7 @@ class _Rules(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None  # [q_heads]
 
 
 class _QueryTiles(NamedTuple):
@@ -174,9 +178,14 @@ def _attend(queries: _QueryTiles, keys: _KeyTiles, values: _KeyTiles, rules: _Ru
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
     scores = scores.masked_fill(hidden, -torch.inf)
     # The maximum does not depend on order. Sums over tiles are taken in tile order, where absent tiles add 0.
-    top = scores.amax(dim=(1, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    top = scores.amax(dim=(1, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # [n, 1, heads, rows, 1]
+    if rules.sinks is not None:
+        sinks = rules.sinks.view(heads, 1, group).expand(heads, QUERY_TILE, group).reshape(1, 1, heads, -1, 1)
+        top = torch.maximum(top, sinks)
     weights = torch.exp(scores - top)
     total = _sum_in_order(weights.sum(-1, keepdim=True))
+    if rules.sinks is not None:
+        total = total + torch.exp(sinks - top)[:, 0]
     if values.scales is not None:
         weights *= values.scales.unsqueeze(-2)
     out = _sum_in_order(torch.matmul(weights, values.numbers)) / total.masked_fill(total == 0, 1.0)

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from ..checkpoint.gguf.file import GgufFile, is_gguf
+from ..checkpoint.gguf.special_ids import HARMONY_ENDS
 from ..core.errors import CheckpointError, InvalidRequest
 from .cuts import Cuts, Piece, encode_all, is_long
 from .files import read_json, read_text
@@ -64,7 +65,8 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Read tokenizer.json and the files beside it that name tokens (special_tokens.py), or a GGUF file.
 
-        The ids in generation_config.json's `eos_token_id` also end a text, e.g. a chat's end of turn.
+        The ids in generation_config.json's `eos_token_id` also end a text, e.g. a chat's end of turn; and both ends of
+        gpt-oss's answers, which a file may leave out.
 
         Raises:
             CheckpointError: a file is missing or broken, or they contradict each other; names it.
@@ -88,7 +90,8 @@ class Tokenizer:
             add_named_tokens(backend, named)
             _check_rows(backend, named, held, directory)
             special = {name: token.content for name, token in named.by_name.items()}
-            return cls(backend, special, _generation_eos_ids(directory), bounds_blanks=bounds_blanks)
+            ends = (*_generation_eos_ids(directory), *_harmony_ends(backend))
+            return cls(backend, special, ends, bounds_blanks=bounds_blanks)
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error.message}") from None
 
@@ -266,6 +269,12 @@ def _generation_eos_ids(directory: Path) -> tuple[int, ...]:
     if not all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in ids):
         raise CheckpointError(f"{path}: eos_token_id is {found!r}; must be a token id or a list of them")
     return tuple(ids)
+
+
+def _harmony_ends(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Ends of an answer in the Harmony format; none if the vocabulary has not both as special tokens."""
+    special = {token.content: id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
+    return tuple(special[word] for word in HARMONY_ENDS) if special.keys() >= set(HARMONY_ENDS) else ()
 
 
 def _decoder_kinds(decoder: Any) -> tuple[str, ...]:

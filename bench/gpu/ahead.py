@@ -39,7 +39,7 @@ from twostroke.kernels.gpu import (
     rotary_store,
     store_kv,
 )
-from twostroke.kernels.reference import Planes
+from twostroke.kernels.reference import Activation, Planes
 from twostroke.kernels.reference_attention import Chunk
 from twostroke.kernels.reference_kv import DigestKeys, Rotation, Seal
 
@@ -73,6 +73,12 @@ class Shape:
     window: int | None = None
     softcap: float | None = None
     gemma: bool = False
+    sinks: bool = False  # as gpt-oss, with its clamped gate
+
+    @property
+    def activation(self) -> Activation:
+        """Of its feed-forward layers."""
+        return "gelu_tanh" if self.gemma else "clamped_swiglu" if self.sinks else "silu"
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -91,6 +97,7 @@ SHAPES = {
     "phi-3-mini, fp8": Shape(32, 32, 96, 3072, 8192, turned=72, window=2047),
     "gemma-2-9b, fp8": Shape(16, 8, 256, 3584, 14336, window=4096, softcap=50.0, gemma=True),
     "gemma-2-9b, bf16": Shape(16, 8, 256, 3584, 14336, codec="bf16", window=4096, softcap=50.0, gemma=True),
+    "gpt-oss-20b, fp8": Shape(64, 8, 64, 2880, 2880, window=128, sinks=True),
 }
 REPRESENTATIVE = "llama-3-8b, fp8"
 
@@ -108,6 +115,8 @@ def calls(shape: Shape) -> dict[str, Callable[[], object]]:
     keys = DigestKeys(*(shape.tensor(*sizes, dtype=torch.int64) for sizes in ((16, words), (16,), (2,))))
     tables, lengths = shape.tensor(_SEQUENCES, 64, dtype=torch.int32), shape.tensor(_SEQUENCES, dtype=torch.int32)
     rules: dict[str, Any] = {"scale": 0.1, "window": shape.window, "softcap": shape.softcap}
+    if shape.sinks:
+        rules["sinks"] = shape.tensor(shape.q_heads, dtype=torch.float32)
     queries = shape.tensor(_TOKENS, shape.q_heads, shape.width)
     chunk = Chunk(*(shape.tensor(_TOKENS, shape.kv_heads, shape.width) for _ in range(2)))
     ragged = {"query_starts": shape.tensor(_SEQUENCES + 1, dtype=torch.int32), **rules}
@@ -118,9 +127,7 @@ def calls(shape: Shape) -> dict[str, Callable[[], object]]:
         "rms_norm": lambda: norm.rms_norm(x, weight, 1e-5, unit_offset=shape.gemma),
         "rms_norm of heads": lambda: norm.rms_norm(q, heads, 1e-5, unit_offset=shape.gemma),
         "add_rms_norm": lambda: norm.add_rms_norm(x, x, weight, 1e-5, unit_offset=shape.gemma),
-        "act_mul": lambda: activation.act_mul(
-            shape.tensor(_TOKENS, 2 * shape.ffn), "gelu_tanh" if shape.gemma else "silu"
-        ),
+        "act_mul": lambda: activation.act_mul(shape.tensor(_TOKENS, 2 * shape.ffn), shape.activation),
         "store_kv": lambda: store_kv.store_kv(k, v, slots, planes["k_planes"], planes["v_planes"]),
         "rotary_store_kv": lambda: rotary_store.rotary_store_kv(q, k, v, slots, turn, **planes, seal=Seal(keys, 3)),
         "paged_decode_attention": lambda: paged_decode.paged_decode_attention(queries[:_SEQUENCES], *args, **rules),

@@ -17,7 +17,7 @@ from .keys import Keys, heads_of
 from .rope import read_rope
 from .special_ids import beginning_id, end_ids
 
-_GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
+_GATING_SOFTMAX, _GATING_SIGMOID, _GATING_SOFTMAX_OF_CHOSEN = 1, 2, 3
 _PLAIN_ROUTING = {
     "expert_gating_func": _GATING_SOFTMAX,
     "expert_weights_scale": 1.0,
@@ -253,6 +253,27 @@ def _deepseek2(keys: Keys) -> dict[str, Any]:
     return config
 
 
+def _gpt_oss(keys: Keys) -> dict[str, Any]:
+    """Convert gpt-oss. Its corners of YaRN are not rounded, which files do not say."""
+    config = _base(keys, "GptOssForCausalLM")
+    _whole_rope(keys, config["head_dim"])
+    gating = keys.number("expert_gating_func", _GATING_SOFTMAX_OF_CHOSEN)
+    if gating not in (0, _GATING_SOFTMAX_OF_CHOSEN):
+        raise keys.wrong("expert_gating_func", gating, f"{_GATING_SOFTMAX_OF_CHOSEN} (softmax of the chosen)")
+    keys.neutral(**{name: value for name, value in _PLAIN_ROUTING.items() if name != "expert_gating_func"})
+    _pattern(keys, 2)
+    rope = read_rope(keys, config["head_dim"])
+    return {
+        **config,
+        "intermediate_size": keys.number("expert_feed_forward_length", config["intermediate_size"]),
+        "num_local_experts": keys.number("expert_count"),
+        "num_experts_per_tok": keys.number("expert_used_count"),
+        "sliding_window": keys.number("attention.sliding_window"),
+        "attention_bias": "blk.0.attn_q.bias" in keys.file.tensors,
+        "rope_scaling": {**rope, "truncate": False} if rope["rope_type"] == "yarn" else rope,
+    }
+
+
 def _groups(keys: Keys, experts: int, gating: int) -> tuple[int, int]:
     """Number of expert groups, and groups per token. For files before 2025, which lack them: the releases' values."""
     left_out = {(160, _GATING_SOFTMAX): (8, 3), (256, _GATING_SIGMOID): (8, 4)}.get((experts, gating), (1, 1))
@@ -270,4 +291,5 @@ _BUILDERS: dict[str, Callable[[Keys], dict[str, Any]]] = {
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
     "deepseek2": _deepseek2,
+    "gpt-oss": _gpt_oss,
 }

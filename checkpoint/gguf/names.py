@@ -52,6 +52,7 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GPT_OSS = {"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"}
 _GEMMA = ("gemma2", "gemma3")
 
 
@@ -97,7 +98,7 @@ def _pieces_of(
         return
     layer, part, end = match.groups()
     at = f"model.layers.{layer}."
-    if part in _EXPERTS and len(shape) == 3:
+    if part in _EXPERTS and len(shape) == (2 if end == "bias" else 3):
         inside = _expert_name(architecture, part)
         for expert in range(shape[0]):
             yield at + inside.format(expert) + f".{end}", Piece(name, shape[1:], expert)
@@ -108,6 +109,8 @@ def _pieces_of(
         yield at + "self_attn.kv_b_proj.weight", Piece(name, (rows, shape[1]), value_part=value)
     elif part == "attn_v_b" and f"blk.{layer}.attn_k_b.weight" in tensors:
         return  # part of the piece of attn_k_b
+    elif part == "attn_sinks":
+        yield at + "self_attn.sinks", Piece(name, shape)
     elif part == "exp_probs_b":
         yield at + "mlp.gate.e_score_correction_bias", Piece(name, shape)
     elif (theirs := _plain_name(architecture, part)) is None:
@@ -119,6 +122,8 @@ def _pieces_of(
 
 
 def _plain_name(architecture: str, part: str) -> str | None:
+    if architecture == "gpt-oss" and part in _GPT_OSS:
+        return _GPT_OSS[part]
     if architecture in _GEMMA and part in _SANDWICH:
         return _SANDWICH[part]
     if architecture == "phi3" and part == "ffn_up":

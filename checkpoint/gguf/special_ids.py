@@ -21,9 +21,11 @@ _SPECIAL_KEYS = {
 CHAT_ENDS = frozenset(
     {
         *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>", "<end_of_turn>"),
-        *("<EOT>", "_<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+        *("<EOT>", "_<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "<|call|>"),
     }
 )
+# gpt-oss ends an answer with either of these; in its vocabulary <|end|> ends a message within an answer.
+HARMONY_ENDS, _MESSAGE_END = ("<|return|>", "<|call|>"), "<|end|>"
 
 
 def special_tokens_of(file: GgufFile, tokens: Sequence[str] | None = None) -> dict[str, str]:
@@ -52,6 +54,8 @@ def end_ids(file: GgufFile, tokens: Sequence[str] | None = None) -> tuple[int, .
     named = [token_id(file, key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
     kinds = token_kinds(file, tokens)
     by_text = [i for i, token in enumerate(tokens) if token in CHAT_ENDS and kinds[i] in (CONTROL, USER_DEFINED)]
+    if {tokens[i] for i in by_text}.issuperset(HARMONY_ENDS):
+        by_text = [i for i in by_text if tokens[i] != _MESSAGE_END]
     return tuple(dict.fromkeys([id_ for id_ in named if id_ is not None] + by_text))
 
 

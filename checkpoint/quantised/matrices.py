@@ -95,6 +95,19 @@ class Float4Matrix(StoredMatrix):
 
 
 @dataclass(frozen=True, slots=True)
+class StackedFloat4Matrix(StoredMatrix):
+    """gpt-oss's MXFP4: rows of one expert in a stack [experts, all rows, groups, 16] of bytes, packed as MXFP4 is.
+
+    A group of 32 columns shares a scale, a power of two. The matrix has rows `first`, `first + step`, … of the expert.
+    """
+
+    scale: str  # [experts, all rows, groups]
+    expert: int
+    first: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class TableMatrix(StoredMatrix):
     """bitsandbytes' 4 bits: indices of a table of 16 values, the first in a byte's high bits, in one flat row.
 

@@ -25,8 +25,9 @@ from .keys import Keys
 from .matrices import StoredMatrix
 from .methods import ACTIVATION_ROLES, Method
 from .modelopt import Modelopt
+from .mxfp4 import Mxfp4
 
-METHODS: Mapping[str, Callable[[Keys], Method]] = {
+METHODS: Mapping[str, Callable[[Keys], Method | Mxfp4]] = {
     "fp8": Fp8,
     "fbgemm_fp8": Fp8,
     "compressed-tensors": CompressedTensors,
@@ -35,6 +36,7 @@ METHODS: Mapping[str, Callable[[Keys], Method]] = {
     "modelopt": Modelopt,
     "modelopt_fp4": Modelopt,
     "bitsandbytes": BitsAndBytes,
+    "mxfp4": Mxfp4,
     "auto-round": AutoRound,
     "intel/auto-round": AutoRound,
 }
@@ -99,7 +101,7 @@ def quantised_plan(directory: Path) -> QuantisedPlan | None:
     return find_plan(directory, read_json(file)) if file.is_file() else None
 
 
-def method_of(keys: Keys) -> Method:
+def method_of(keys: Keys) -> Method | Mxfp4:
     """The config's format. Raises CheckpointError: it is not served."""
     name = keys.config.get("quant_method")
     if name is None and "config_groups" in keys.config:
@@ -112,21 +114,20 @@ def method_of(keys: Keys) -> Method:
     return METHODS[name](keys)
 
 
-def make_plan(method: Method, stored: Mapping[str, StoredTensor], keys: Keys) -> QuantisedPlan:
+def make_plan(method: Method | Mxfp4, stored: Mapping[str, StoredTensor], keys: Keys) -> QuantisedPlan:
     """Plan of these tensors in a format. `keys`: the config, for remarks on the KV cache.
 
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than the format says; names it and its file.
     """
     modules = _by_module(stored, method.roles)
-    matrices = {
-        f"{module}.weight": method.matrix(ModuleTensors(module, by_role))
+    quantised = [
+        ModuleTensors(module, by_role)
         for module, by_role in modules.items()
         if set(by_role) != {"weight"} or by_role["weight"].dtype not in FLOATS
-    }
-    used = {
-        tensor.name for name, matrix in matrices.items() for tensor in modules[name.removesuffix(".weight")].values()
-    }
+    ]
+    matrices = {name: matrix for tensors in quantised for name, matrix in _matrices(method, tensors).items()}
+    used = {tensor.name for tensors in quantised for tensor in tensors.by_role.values()}
     unread = {name for name in stored if name.rpartition(".")[2] in (*ACTIVATION_ROLES, *_CACHE_ROLES)}
     floats = {name: tensor for name, tensor in stored.items() if name not in used | unread}
     for tensor in floats.values():
@@ -136,6 +137,12 @@ def make_plan(method: Method, stored: Mapping[str, StoredTensor], keys: Keys) ->
     return QuantisedPlan(
         matrices, shapes, (*_told(len(matrices), keys), *method.remarks, *_cache_remarks(stored, keys))
     )
+
+
+def _matrices(method: Method | Mxfp4, tensors: ModuleTensors) -> Mapping[str, StoredMatrix]:
+    if isinstance(method, Mxfp4):
+        return method.matrices(tensors)
+    return {f"{tensors.module}.weight": method.matrix(tensors)}
 
 
 def _by_module(stored: Mapping[str, StoredTensor], roles: tuple[str, ...]) -> dict[str, dict[str, StoredTensor]]:

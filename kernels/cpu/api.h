@@ -9,7 +9,7 @@ class Threads;  // threads.h
 class Group;    // group.h
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4 };
-enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1 };
+enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
 
 // Part of the last layer that a call of twostroke_layers computes. Most rows of a prompt need only their keys and values there.
 // A step then makes two calls: all layers for all rows, with KEYS_ONLY in the last one; then the last layer alone, with
@@ -67,6 +67,7 @@ struct Attend {
     Plane values;
     Rows out;
     const AttendSpan* spans;
+    const float* sinks;                           // per head: a score without a value, in the softmax of its rows; or null
     int32_t num_parts, num_spans, heads, window;  // window 0: none
     float scale, softcap;                         // softcap 0: none
 };
@@ -167,7 +168,7 @@ void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t co
 // out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (inner even, unless the weights are int8).
 // scratch: at least (rows + 32) * (4 * inner + 16) bytes, 64-byte aligned. out must not overlap x.
 // With an activation, panels of the matrix alternate between gate and up, and out [rows, columns of up] is
-// activation(gate) * up. out_columns: columns of out.
+// activation(gate) * up, or the clamped form of simd.h. out_columns: columns of out.
 void twostroke_linear(Threads* threads, const Matrix* matrix, const Rows* x, const Rows* out, int32_t activation,
                       int32_t out_columns, uint32_t* scratch);
 

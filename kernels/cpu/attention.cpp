@@ -7,6 +7,7 @@
 // cut into chunks, on other rows of the step, or on the thread. For bfloat16 rows, products are taken by pairs as in linear.cpp:
 // pairs of neighbours within a key; for values, pairs of neighbouring keys, with weights rounded to bfloat16 (l is summed
 // before rounding). Keys and values at positions beyond the sequence do not affect a result.
+// A sink of a head is added last, as a score without a value.
 // Source: online softmax, Milakov and Gimelshein 2018; tiles and rounded weights as in FlashAttention, Dao et al. 2022.
 #include <algorithm>
 #include <vector>
@@ -159,7 +160,7 @@ class Worker {
         for (int r = 0; r < unit_.rows; r++) {
             const int64_t to = row_of(r) * job_.out.stride + (int64_t)head_of(r) * width;
             const float* from = mixed() + (int64_t)r * width_;
-            const F32 share = splat(1.0f / softmax_.total[r]);
+            const F32 share = splat(share_of(r));
             for (int i = 0; i < width && by_64(job_.values); i += 4 * LANES) {
                 F32 v[4] = {load<F32>(from + i), load<F32>(from + i + LANES), load<F32>(from + i + 2 * LANES),
                             load<F32>(from + i + 3 * LANES)};
@@ -189,6 +190,15 @@ class Worker {
     TileRows rows_of(const Plane& plane, int tile) const { return {plane, span_, head_, tile, held(tile)}; }
     // True if rows of this plane are decoded 64 numbers at a time.
     static bool by_64(const Plane& plane) { return DECODES_64 && PAIRS && plane.codec == FP8 && plane.width % 64 == 0; }
+
+    // Factor of a row's mixed values: 1 / l, or with a sink s, as if it were one more key without a value,
+    // 2**(m - m') / (l * 2**(m - m') + 2**(s - m')), m' = max(m, s).
+    float share_of(int row) const {
+        if (!job_.sinks) return 1.0f / softmax_.total[row];
+        const float sink = job_.sinks[head_of(row)] * LOG2_E, top = softmax_.top[row], greatest = std::max(top, sink);
+        const float shrunk = power_of_two(splat(top - greatest))[0];
+        return shrunk / (softmax_.total[row] * shrunk + power_of_two(splat(sink - greatest))[0]);
+    }
 
     // Copy the unit's queries, 32 bits per step: [rows][steps of all parts].
     void take_queries() {

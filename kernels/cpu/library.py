@@ -16,7 +16,7 @@ from .build import built_library
 FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
 ADAPTED_QKV, ADAPTED_OUTPUT, ADAPTED_GATE_UP, ADAPTED_DOWN, NUM_ADAPTED = range(5)  # matrices of a layer
-NO_ACTIVATION, SILU, GELU_TANH = range(-1, 2)
+NO_ACTIVATION, SILU, GELU_TANH, CLAMPED_SWIGLU = range(-1, 3)
 GROUP_DIFFERS = -1  # failure of a group's call; others are why * 256 + 1 + the rank that is gone
 DECLARED, SILENT, LEFT, LATE = range(4)  # why a rank is gone
 GROUP_FAILED = 1 - (1 << 63)  # plus such a failure: the answer of `layers` when its group failed
@@ -87,6 +87,7 @@ class Attend(ctypes.Structure):
         ("values", Plane),
         ("out", Rows),
         ("spans", c_void_p),  # of AttendSpan
+        ("sinks", c_void_p),  # float32 per head, or null
         ("num_parts", c_int32),
         ("num_spans", c_int32),
         ("heads", c_int32),

@@ -207,7 +207,7 @@ void twostroke_gate(Threads* threads, const Rows* halves, const Rows* out, int32
             const int64_t at = r * halves->stride + 2 * (int64_t)c;
             const F32 gate = get(halves->data, halves->kind, at, LANES);
             const F32 up = get(halves->data, halves->kind, at + LANES, LANES);
-            put(out->data, out->kind, r * out->stride + c, columns - c, activate(gate, activation, narrow_out) * up);
+            put(out->data, out->kind, r * out->stride + c, columns - c, gated(gate, up, activation, narrow_out));
         }
     });
 }

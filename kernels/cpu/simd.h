@@ -586,6 +586,16 @@ inline F32 activate(F32 gate, int activation, bool bfloat16) {
     return gate / (splat(1.0f) + e);
 }
 
+// activate(gate) * up; for CLAMPED_SWIGLU gate * sigmoid(1.702 gate) * (up + 1), gate at most 7 and up within -7 and 7.
+inline F32 gated(F32 gate, F32 up, int activation, bool bfloat16) {
+    if (activation != CLAMPED_SWIGLU) return activate(gate, activation, bfloat16) * up;
+    const F32 limit = splat(7.0f);
+    gate = select((I32)(gate > limit), limit, gate);
+    up = select((I32)(up > limit), limit, select((I32)(up < -limit), -limit, up));
+    const F32 t = gate * splat(1.702f), e = bfloat16 ? power_of_two(t * splat(-LOG2_E)) : exponential(-t);
+    return gate / (splat(1.0f) + e) * (up + splat(1.0f));
+}
+
 // ---------------------------------------------------------------- transposing
 
 #if defined(TWOSTROKE_AVX2)

@@ -108,6 +108,18 @@ def add_values(weights, v, v_scale, out, PRECISE: tl.constexpr, INTERPRETED: tl.
     return tl.dot(_operand(coarse, INTERPRETED), v, out, input_precision="ieee")
 
 
+@triton.jit
+def add_sinks(sinks_ptr, head, real, top, total, out):  # noqa: PLR0917
+    """Running sum [rows] and values [rows, width] with the sinks of `head` [rows]: one more score without a value.
+
+    Called last, when a row's splits are combined. The maximum `top` is in base 2 and may be -inf.
+    """
+    sink = tl.load(sinks_ptr + head, mask=real, other=0.0) * 1.4426950408889634  # log2(e)
+    higher = tl.maximum(top, sink)
+    shrink = tl.exp2(top - higher)
+    return total * shrink + tl.exp2(sink - higher), out * shrink[:, None]
+
+
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     """`score_scale` and `cap` of `weigh_keys`, in base 2."""
     return (scale * _LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2_E)
@@ -116,6 +128,12 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
 def numbers_of(planes: Planes) -> Tensor:
     """The payload as one number per element: uint8 codes of FP8, or bf16."""
     return planes.payload if planes.scales is not None else planes.payload.view(torch.bfloat16)
+
+
+def check_sinks(sinks: Tensor | None, q_heads: int) -> None:
+    """Check the sinks of heads. Raises ValueError: they are not dense float32 [q_heads]."""
+    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (q_heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks are {sinks.dtype} {tuple(sinks.shape)}; must be dense float32 ({q_heads},)")
 
 
 def check_attention(q: Tensor, k_planes: Planes, v_planes: Planes, block_tables: Tensor, context_lens: Tensor) -> None:

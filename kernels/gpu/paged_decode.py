@@ -20,8 +20,10 @@ from ..reference import Planes
 from .attend import (
     SPLIT_TOKENS,
     TILE_TOKENS,
+    add_sinks,
     add_values,
     check_attention,
+    check_sinks,
     load_stored,
     numbers_of,
     score_factors,
@@ -77,9 +79,9 @@ def _attend_split_kernel(  # noqa: PLR0917
 
 @triton.jit(do_not_specialize=["window", "num_splits"])
 def _combine_splits_kernel(  # noqa: PLR0917
-    parts_ptr, top_ptr, total_ptr, contexts_ptr, out_ptr, window, num_splits,
+    parts_ptr, top_ptr, total_ptr, contexts_ptr, sinks_ptr, out_ptr, window, num_splits,
     Q_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    WINDOWED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_seqs, q_heads). Splits are combined first to last; an empty context gives zeros."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -101,13 +103,18 @@ def _combine_splits_kernel(  # noqa: PLR0917
         numbers = tl.load(parts_ptr + part * WIDTH + column, mask=column < WIDTH, other=0.0)
         out = out * shrink + numbers * share
         top = higher
+    if SINKS:
+        one = tl.zeros((1,), tl.float32)
+        head = tl.program_id(1) + tl.zeros((1,), tl.int32)
+        total_row, out_row = add_sinks(sinks_ptr, head, head >= 0, top + one, total + one, out[None, :])
+        total, out = tl.sum(total_row), tl.sum(out_row, axis=0)
     out = out / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * WIDTH + column, out.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 def paged_decode_attention(
     q: Tensor, k_planes: Planes, v_planes: Planes, block_tables: Tensor, context_lens: Tensor, *,
-    scale: float, window: int | None = None, softcap: float | None = None,
+    scale: float, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of each sequence's newest token to the FP8 or bf16 cache.
 
@@ -121,6 +128,7 @@ def paged_decode_attention(
     """
     num_seqs, q_heads, width = q.shape
     check_attention(q, k_planes, v_planes, block_tables, context_lens)
+    check_sinks(sinks, q_heads)
     kv_heads, block_tokens = k_planes.payload.shape[1:3]
     group, fp8 = q_heads // kv_heads, k_planes.scales is not None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -144,8 +152,9 @@ def paged_decode_attention(
         **launch.options(config.num_warps, config.num_stages),
     )  # fmt: skip
     _combine_splits_kernel[(num_seqs, q_heads)](
-        parts, top, total, context_lens, out, window or 0, num_splits,
+        parts, top, total, context_lens, total if sinks is None else sinks, out, window or 0, num_splits,
         Q_HEADS=q_heads, WIDTH=width, WIDTH_PADDED=width_padded, SPLIT=SPLIT_TOKENS, WINDOWED=window is not None,
+        SINKS=sinks is not None,
         **launch.options(num_warps=1),
     )  # fmt: skip
     return out

@@ -27,8 +27,10 @@ from ..reference_attention import Chunk
 from .attend import (
     SPLIT_TOKENS,
     TILE_TOKENS,
+    add_sinks,
     add_values,
     check_attention,
+    check_sinks,
     load_scaled,
     numbers_of,
     score_factors,
@@ -129,11 +131,11 @@ def _combine(top_all, total_all, out_all, top, total, out):  # noqa: PLR0917
 @triton.jit(do_not_specialize=["num_seqs", "window", "table_stride"])
 def _attend_chunks_kernel(  # noqa: PLR0917
     q_ptr, k_chunk_ptr, v_chunk_ptr, k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr,
-    tables_ptr, contexts_ptr, starts_ptr, out_ptr, score_scale, cap, window, table_stride, num_seqs,
+    tables_ptr, contexts_ptr, starts_ptr, sinks_ptr, out_ptr, score_scale, cap, window, table_stride, num_seqs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
     FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
-    SCRATCH: tl.constexpr, INTERPRETED: tl.constexpr,
+    SCRATCH: tl.constexpr, SINKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tokens // TOKENS + num_seqs, kv_heads), TOKENS = ROWS // GROUP. Some programs have no token."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -202,6 +204,9 @@ def _attend_chunks_kernel(  # noqa: PLR0917
                 FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, False, True, True,
             )  # fmt: skip
     top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
+    if SINKS:
+        query_head = head * GROUP + member % GROUP
+        total_all, out_all = add_sinks(sinks_ptr, query_head, member < TOKENS * GROUP, top_all, total_all, out_all)
     out_all = out_all / tl.where(total_all == 0.0, 1.0, total_all)[:, None]
     # Compute rows and masks again, from a volatile load, so that they do not occupy registers during the loops.
     start = tl.load(starts_ptr + sequence, volatile=True).to(tl.int32)
@@ -216,7 +221,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
 def ragged_prefill_attention(
     q: Tensor, k_planes: Planes, v_planes: Planes, block_tables: Tensor, context_lens: Tensor, *,
     query_starts: Tensor, scale: float, window: int | None = None, softcap: float | None = None,
-    chunk: Chunk | None = None, precise: bool = True,
+    sinks: Tensor | None = None, chunk: Chunk | None = None, precise: bool = True,
 ) -> Tensor:  # fmt: skip
     """`reference_attention.ragged_prefill_attention`; with `chunk`, keys and values of the chunk are read from there.
 
@@ -231,6 +236,7 @@ def ragged_prefill_attention(
     num_seqs = len(context_lens)
     check_attention(q, k_planes, v_planes, block_tables, context_lens)
     kv_heads, block_tokens = k_planes.payload.shape[1:3]
+    check_sinks(sinks, q_heads)
     _check(query_starts, num_seqs, chunk, (num_tokens, kv_heads, width))
     group, fp8 = q_heads // kv_heads, k_planes.scales is not None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -243,12 +249,12 @@ def ragged_prefill_attention(
     _attend_chunks_kernel[(num_tokens // (config.rows // group) + num_seqs, kv_heads)](
         q, k if chunk is None else chunk.k, v if chunk is None else chunk.v,
         k, k_planes.scales if fp8 else k, v, v_planes.scales if fp8 else v,
-        block_tables, context_lens, query_starts, out,
+        block_tables, context_lens, query_starts, context_lens if sinks is None else sinks, out,
         *score_factors(scale, softcap), window or 0, block_tables.stride(0), num_seqs,
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, BLOCK_TOKENS=block_tokens,
         ROWS=config.rows, WIDTH_PADDED=width_padded, SPLIT=SPLIT_TOKENS, TILE=TILE_TOKENS,
         FP8=fp8, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
-        PRECISE=precise, SCRATCH=chunk is not None, INTERPRETED=launch.interpreted(),
+        PRECISE=precise, SCRATCH=chunk is not None, SINKS=sinks is not None, INTERPRETED=launch.interpreted(),
         **launch.options(config.num_warps, config.num_stages),
     )  # fmt: skip
     return out

@@ -157,7 +157,7 @@ def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step:
     # Store before attending: attention reads keys and values as the cache rounds them.
     q, refused = ops.store_heads(qkv, heads, norms, step)
     keys, values = step.planes
-    mixed = ops.attend((q,), (keys,), values, step.layout, step.kind)
+    mixed = ops.attend((q,), (keys,), values, step.layout, step.kind, sinks=weights.sinks)
     mixed = mixed.flatten(1)
     return step.changes.add("output", ops.linear(mixed, weights.output), mixed), refused
 

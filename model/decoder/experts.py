@@ -2,7 +2,8 @@
 
 A token's output is the sum of its experts' outputs, in ascending order of expert numbers, in float32, rounded once. So
 it depends on the token's own row only, not on other rows that chose the same experts.
-Source: Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024) for groups, correction and shared experts.
+Source: Mixtral (Jiang et al. 2024); DeepSeek-V2 and V3 (2024) for groups, correction and shared experts;
+gpt-oss (2025) for the softmax of the chosen.
 """
 
 from __future__ import annotations
@@ -45,9 +46,15 @@ def mix_experts(ops: Ops, h: Tensor, weights: ExpertsWeights, shape: ExpertsFfn,
 def route(logits: Tensor, correction: Tensor | None, routing: Routing) -> ChosenExperts:
     """Choose experts by logits [rows, num_experts] float32, before softmax or sigmoid.
 
+    "softmax_of_chosen": those with the largest logits, whose weights are the softmax of their logits alone (gpt-oss).
+
     With groups, only experts of the best groups can be chosen. The score of a group is its best expert's score or, with
     a correction, the sum of its best two corrected scores. The correction affects the choice, but not the weights.
     """
+    if routing.scores == "softmax_of_chosen":
+        best, experts = logits.topk(routing.per_token, dim=-1)  # best first
+        powers = torch.exp(best - best[:, :1])
+        return ChosenExperts(experts, powers / powers.sum(-1, keepdim=True))
     if routing.scores == "softmax":
         powers = torch.exp(logits - logits.amax(-1, keepdim=True))
         scores = powers / powers.sum(-1, keepdim=True)

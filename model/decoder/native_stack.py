@@ -1,7 +1,7 @@
 """All layers of a decoder in one call of the CPU kernels, without Python between ops.
 
-Serves models whose layers all have plain attention and a dense gate; other models run op by op. Both give the same
-bits. During the call the GIL is free for the worker's face.
+Serves models whose layers all have plain attention without sinks and a dense gate; other models run op by op. Both
+give the same bits. During the call the GIL is free for the worker's face.
 
 A rank of a `SharedMemoryGroup` adds its partial results to those of the others inside the call. They stay float32 until
 they are added, so there the bits are not those of op by op, which rounds them first.
@@ -78,7 +78,7 @@ class NativeStack:
         group = collectives if isinstance(collectives, SharedMemoryGroup) else None
         if group is None and collectives.size > 1:
             return None
-        if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention):
+        if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention) or spec.attention.sinks:
             return None
         ffns = {layer.ffn for layer in spec.layers}
         if len(ffns) > 1 or not isinstance(ffns.pop(), DenseFfn) or len(spec.ropes) > _MAX_ROPES:

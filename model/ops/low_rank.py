@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .elementwise import activated
+from .elementwise import gated
 from .seam import Activation, Linear, LowRank, Ops, RowsOfChange
 
 
@@ -59,4 +59,4 @@ def add_changes(ops: Ops, y: Tensor, x: Tensor, changes: Sequence[RowsOfChange])
 def gate(halves: Tensor, activation: Activation) -> Tensor:
     """`Ops.gate` for halves that lie one behind the other."""
     first, second = halves.float().chunk(2, dim=-1)
-    return (activated(first, activation) * second).to(halves.dtype)
+    return gated(first, second, activation).to(halves.dtype)

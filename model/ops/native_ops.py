@@ -32,7 +32,7 @@ from .native_changes import described as changes_at_once
 from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
 from .step import LayerStep
 
-ACTIVATIONS = {"silu": native.SILU, "gelu_tanh": native.GELU_TANH}
+ACTIVATIONS = {"silu": native.SILU, "gelu_tanh": native.GELU_TANH, "clamped_swiglu": native.CLAMPED_SWIGLU}
 _REMEMBERED_TABLES = 512
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
@@ -298,6 +298,8 @@ class NativeOps:
         values: Planes,
         layout: StepSpans,
         kind: AttentionKind,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of the spans' rows to the cache; [rows, heads, value width]. Rows of no span are zeros.
 
@@ -310,6 +312,7 @@ class NativeOps:
         out = make(rows, heads, value_width, dtype=self.dtype)
         job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.address)
         job.window, job.scale, job.softcap = kind.window or 0, kind.scale, kind.softcap or 0.0
+        job.sinks = address(sinks)
         for i, (q, plane) in enumerate(zip(queries, keys, strict=True)):
             job.queries[i], job.keys[i] = _rows(q), native_plane(plane, q.shape[-1])
         job.values, job.out = native_plane(values, value_width), _rows(out)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .extremes import Extremes
     from .step import LayerStep
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 Quantization = Literal["none", "int8"]
 
 
@@ -144,7 +144,10 @@ class Ops(Protocol):
         ...
 
     def gated_linear(self, x: Tensor, packed: Linear, activation: Activation) -> Tensor:
-        """activation(gate) * up: [rows, width]. Gate and up are the rounded halves of the result of `linear`."""
+        """Gated activation (kernels/reference.py: `act_mul`): [rows, width].
+
+        Gate and up are the rounded halves of the result of `linear`.
+        """
         ...
 
     def pack_change(self, parts: Sequence[LowRank], *, gate_width: int | None = None) -> Change:
@@ -166,7 +169,7 @@ class Ops(Protocol):
         ...
 
     def gate(self, halves: Tensor, activation: Activation, width: int) -> Tensor:
-        """activation(gate) * up of a result of `halves`: [rows, width]; the bits of `gated_linear`."""
+        """Gated activation of a result of `halves`: [rows, width]; the bits of `gated_linear`."""
         ...
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -207,7 +210,14 @@ class Ops(Protocol):
         ...
 
     def attend(
-        self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Any, kind: AttentionKind
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Planes],
+        values: Planes,
+        layout: Any,
+        kind: AttentionKind,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of a step's rows to the cache, including their own tokens, which were written before.
 
@@ -215,5 +225,8 @@ class Ops(Protocol):
         values' heads): one part for plain attention, two (latent and rotary) for MLA, where the values are the planes
         of the first part. Parts may be views. All planes have one codec. Returns [rows, heads, value width]; rows that
         belong to no span are zero.
+
+        `sinks` [heads] float32, for plain attention: a score of each head that takes part in the softmax of its rows,
+        without a value, and without scale or softcap.
         """
         ...

@@ -5,6 +5,7 @@ tiles come first, then the row's maximum (exact in any order), then weights and 
 
     m = max_j s_j      l = sum_tiles sum_in_tile exp(s_j - m)      o = sum_tiles (exp(s - m) @ v) / l
 
+With a sink s of the head, m = max(m, s), and exp(s - m) is added to l, last.
 A tile that a row cannot see adds exact zeros. So a decode step (one row), a chunk and a whole prompt give the same
 bits, and tiles before a window need not be computed. All products use `products.py`; everything else is elementwise in
 float32. Values at positions without a token are set to zero before use, because the cache may hold anything there.
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...kernels.reference import Planes, decode_rows
 from .elementwise import softcapped
@@ -64,6 +66,22 @@ class AttentionLayout:
     wide: tuple[Span, ...]
     narrow: Narrow | None
     block_tokens: int
+
+
+class _How(NamedTuple):
+    """Rules of one call."""
+
+    kind: AttentionKind
+    block_tokens: int
+    sinks: Tensor | None  # [kv_heads, group]
+
+
+class _SlabRules(NamedTuple):
+    """Rules of one slab of rows."""
+
+    hidden: Tensor  # [last tiles, rows, KV_TILE] bool
+    softcap: float | None
+    sink: Tensor | None  # [rows]
 
 
 class Attention:
@@ -117,15 +135,21 @@ class Attention:
         values: Planes,
         layout: AttentionLayout,
         kind: AttentionKind,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of queries [rows, heads, width] per part. The step's keys and values are already stored."""
+        """Attention of queries [rows, heads, width] per part. The step's keys and values are already stored.
+
+        `sinks` [heads] float32: of each head, as in `seam.Ops.attend`.
+        """
         scaled = [part.float() * kind.scale for part in queries]
         rows, heads = scaled[0].shape[:2]
         out = scaled[0].new_zeros(rows, heads, self.shape.value_width)
+        sunk = None if sinks is None else sinks.view(self.shape.kv_heads, self.shape.group)
         for span in layout.wide:
-            self._attend_wide(scaled, (*keys, values), span, (kind, layout.block_tokens), out)
+            self._attend_wide(scaled, (*keys, values), span, _How(kind, layout.block_tokens, sunk), out)
         if layout.narrow is not None:
-            self._attend_narrow(scaled, (*keys, values), layout.narrow, kind, out)
+            self._attend_narrow(scaled, (*keys, values), layout.narrow, _How(kind, layout.block_tokens, sunk), out)
         return out.to(queries[0].dtype)
 
     def _numbers(self, planes: Sequence[Planes], head_rows: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -136,10 +160,8 @@ class Attention:
             return keys, keys[shared]
         return keys, _tiles(planes[-1], head_rows, self.shape.value_width)
 
-    def _attend_wide(
-        self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: tuple[AttentionKind, int], out: Tensor
-    ) -> None:
-        (kind, block_tokens), group = how, self.shape.group
+    def _attend_wide(self, q: list[Tensor], planes: Sequence[Planes], span: Span, how: _How, out: Tensor) -> None:
+        kind, block_tokens, group = how.kind, how.block_tokens, self.shape.group
         seen = _seen_tiles(span.start, span.num_rows, kind.window)
         blocks = torch.tensor([_blocks(span, seen, block_tokens)])
         key_parts, value_parts = self._numbers(planes, _head_rows(blocks, self.shape.kv_heads))
@@ -162,13 +184,13 @@ class Attention:
                 heads = slice(head * group, (head + 1) * group)
                 taken = [_with_spare(part[rows, heads].flatten(0, 1), spare) for part in q]
                 keys = [part[0, head, at] for part in key_parts]
-                mixed = self._slab(taken, keys, value_parts[0, head, at], hidden, kind.softcap)
+                sink = None if how.sinks is None else F.pad(how.sinks[head].repeat(count), (0, spare))
+                mixed = self._slab(taken, keys, value_parts[0, head, at], _SlabRules(hidden, kind.softcap, sink))
                 out[rows, heads] = mixed[: count * group].view(count, group, -1)
 
-    def _slab(
-        self, queries: list[Tensor], keys: list[Tensor], values: Tensor, hidden: Tensor, softcap: float | None
-    ) -> Tensor:
-        """Attention of a slab of rows [rows, width] to one KV head; `hidden` [last tiles, rows, KV_TILE]."""
+    def _slab(self, queries: list[Tensor], keys: list[Tensor], values: Tensor, rules: _SlabRules) -> Tensor:
+        """Attention of a slab of rows [rows, width] to one KV head."""
+        hidden, softcap, sink = rules
         tiles = [slice(start, start + KV_TILE) for start in range(0, len(values), KV_TILE)]
         scores = queries[0].new_empty(len(tiles), len(queries[0]), KV_TILE)
         for j, tile in enumerate(tiles):
@@ -179,17 +201,20 @@ class Attention:
             scores = softcapped(scores, softcap)
         scores[len(tiles) - len(hidden) :].masked_fill_(hidden, _NEGATIVE)
         largest = scores.amax(-1).amax(0)
+        if sink is not None:
+            largest = torch.maximum(largest, sink)
         weights = torch.exp(scores.sub_(largest.view(1, -1, 1)), out=scores)
         sums = weights.sum(-1)
         total, mixed = sums[0], self.mix.rows(weights[0], values[tiles[0]])
         for j in range(1, len(tiles)):
             total = total + sums[j]
             mixed = mixed + self.mix.rows(weights[j], values[tiles[j]])
+        if sink is not None:
+            total = total + torch.exp(sink - largest)
         return (mixed + 0.0) / total.unsqueeze(-1)  # + 0.0: the sign of zero must not depend on hidden tiles
 
-    def _attend_narrow(
-        self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, kind: AttentionKind, out: Tensor
-    ) -> None:
+    def _attend_narrow(self, q: list[Tensor], planes: Sequence[Planes], narrow: Narrow, how: _How, out: Tensor) -> None:
+        kind = how.kind
         num_spans, queries = narrow.rows.shape
         kv_heads, group, _, width = self.shape
         used, pairs = queries * group, len(narrow.pair_span)
@@ -204,11 +229,16 @@ class Attention:
             scores = softcapped(scores, kind.softcap)
         scores = scores.masked_fill(narrow.hidden, _NEGATIVE)
         ranges = _ranges(narrow.per_tile)
-        largest = _fold(torch.maximum, scores.amax(-1), ranges)
+        largest = _fold(torch.maximum, scores.amax(-1), ranges)  # [spans, kv_heads, queries * group]
+        sink = None if how.sinks is None else how.sinks.repeat(1, queries)
+        if sink is not None:
+            largest = torch.maximum(largest, sink)
         weights = torch.exp(scores.sub_(largest.index_select(0, narrow.pair_span).unsqueeze(-1)), out=scores)
         whole[:, :, :used] = weights
         parts = self.mix.batch(whole.flatten(0, 1), values.flatten(0, 1)).view(pairs, kv_heads, TILE_ROWS, width)
         total = _fold(torch.add, weights.sum(-1), ranges)
+        if sink is not None:
+            total = total + torch.exp(sink - largest)
         mixed = _fold(torch.add, parts[:, :, :used], ranges)
         result = ((mixed + 0.0) / total.unsqueeze(-1)).view(num_spans, kv_heads, queries, group, width)
         # Padding repeats a span's last row, and its result has the same bits, so writing it twice has no effect.

@@ -182,6 +182,8 @@ class TorchOps:
         values: Planes,
         layout: StepSpans,
         kind: AttentionKind,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention by `torch_attention.py`."""
         kv_heads = values.payload.shape[1]
@@ -193,7 +195,7 @@ class TorchOps:
         attention = self._attentions[shape]
         if (shape, kind.window) not in layout.made:
             layout.made[shape, kind.window] = attention.lay_out(layout.spans, layout.block_tokens, kind.window)
-        return attention(queries, keys, values, layout.made[shape, kind.window], kind)
+        return attention(queries, keys, values, layout.made[shape, kind.window], kind, sinks=sinks)
 
     def _product(self, inner: int, columns: int, dtype: torch.dtype, transposed: bool) -> Product:
         key = (inner, columns, dtype, transposed)

@@ -193,7 +193,14 @@ class TritonOps:
         return Layout(num_singles, one, two, three, four, five)
 
     def attend(
-        self, queries: Sequence[Tensor], keys: Sequence[Planes], values: Planes, layout: Layout, kind: AttentionKind
+        self,
+        queries: Sequence[Tensor],
+        keys: Sequence[Planes],
+        values: Planes,
+        layout: Layout,
+        kind: AttentionKind,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention by `kernels/gpu/paged_decode.py` (single rows) and `kernels/gpu/ragged_prefill.py` (chunks)."""
         (q,), (k,), cut = queries, keys, layout.num_singles
@@ -209,6 +216,7 @@ class TritonOps:
                     scale=kind.scale,
                     window=kind.window,
                     softcap=kind.softcap,
+                    sinks=sinks,
                 )
             )
         if len(layout.chunk_contexts):
@@ -223,6 +231,7 @@ class TritonOps:
                     scale=kind.scale,
                     window=kind.window,
                     softcap=kind.softcap,
+                    sinks=sinks,
                     chunk=layout.fresh,
                 )
             )

@@ -13,6 +13,7 @@ from ...checkpoint.layout import Matrix, expected_shapes, is_ignored, layer_layo
 from ...checkpoint.quantised.plan import quantised_plan
 from ...checkpoint.safetensors_files import SafetensorsFiles, checkpoint_files
 from ...checkpoint.spec import ModelSpec
+from ...checkpoint.stacked import stacked_parts
 from ...core.errors import CheckpointError, ConfigError, DoesNotFit
 from ..weights.weights import check_tensors
 
@@ -60,7 +61,7 @@ def opened(directory: Path) -> Original:
     """Open a checkpoint and check that it is a whole float one.
 
     Raises:
-        CheckpointError: it is damaged, not supported, a GGUF file, or quantised already.
+        CheckpointError: it is damaged, not supported, a GGUF file, quantised already, or has stacks of experts.
     """
     if is_gguf(directory):
         raise CheckpointError(f"IN is {directory}, a GGUF file; give the float checkpoint in Hugging Face's format")
@@ -70,6 +71,11 @@ def opened(directory: Path) -> Original:
             "checkpoint that it was made of"
         )
     spec, source = load_spec(directory), SafetensorsFiles(directory)
+    if stacked_parts(source.shapes()):
+        raise CheckpointError(
+            f"IN is {directory}, whose experts are stacked with biases ({spec.architecture}): no loader reads them "
+            "quantised one by one; take its MXFP4 release, or serve it with --quantization int8"
+        )
     check_tensors(source, spec)
     return Original(directory, spec, source)
 

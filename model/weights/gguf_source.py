@@ -23,7 +23,22 @@ from ...checkpoint.gguf.keys import heads_of
 from ...checkpoint.gguf.names import Piece, pieces
 from ...core.errors import CheckpointError
 
-_SERVED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_SERVED = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "MXFP4",
+)
 
 
 class _Part(NamedTuple):
@@ -67,7 +82,7 @@ class GgufSource:
         if piece.value_part is not None:
             return self._way_up(piece, piece.value_part, part)
         stored = self._file.tensors[piece.stored]
-        if len(stored.shape) == 1 and part.rows is not None:  # a vector's numbers are the last axis
+        if len(piece.shape) == 1 and part.rows is not None:  # a vector's numbers are the last axis
             part = _Part(None, part.rows)
         tensor = self._numbers(stored, part, piece.expert)
         if piece.turned_heads:

@@ -1,7 +1,7 @@
 """Sources of a model's tensors, under Hugging Face's names. Knows no model.
 
-Two formats of files: safetensors (checkpoint/safetensors_files.py), perhaps of quantised matrices (`quantised/`), and
-GGUF (`gguf_source.py`). No code of a checkpoint runs.
+Two formats of files: safetensors (checkpoint/safetensors_files.py), perhaps of quantised matrices (`quantised/`) or of
+stacked experts (`stacked_source.py`), and GGUF (`gguf_source.py`). No code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 from ...checkpoint.gguf.file import is_gguf
 from ...checkpoint.quantised.plan import quantised_plan
 from ...checkpoint.safetensors_files import SafetensorsFiles, safetensors_fingerprint
+from ...checkpoint.stacked import stacked_parts
 from .gguf_source import GgufSource, gguf_fingerprint
 from .quantised.source import QuantisedSource
+from .stacked_source import StackedSource
 
 
 class TensorSource(Protocol):
@@ -65,7 +67,10 @@ def open_source(path: Path) -> PartSource:
     if is_gguf(path):
         return GgufSource(path)
     plan = quantised_plan(path)
-    return SafetensorsFiles(path) if plan is None else QuantisedSource(SafetensorsFiles(path, quantised=True), plan)
+    files = SafetensorsFiles(path, quantised=plan is not None)
+    source: PartSource = files if plan is None else QuantisedSource(files, plan)
+    parts = stacked_parts(source.shapes())
+    return StackedSource(source, parts) if parts else source
 
 
 def weights_fingerprint(path: Path) -> bytes:

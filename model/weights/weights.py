@@ -34,6 +34,7 @@ class PlainWeights:
     output: Linear
     q_norm: Norm | None  # norm of each head's queries
     k_norm: Norm | None
+    sinks: Tensor | None = None  # [heads] float32, on the device of the ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +167,18 @@ class _Loader:
     def _optional_norm(self, layout: LayerLayout, key: str) -> Norm | None:
         return self.norm(layout.vectors[key][0]) if key in layout.vectors else None
 
+    def _optional_vector(self, layout: LayerLayout, key: str) -> Tensor | None:
+        if key not in layout.vectors:
+            return None
+        return self.source.take(layout.vectors[key][0]).float().to(self.ops.device).contiguous()
+
     def _plain(self, layout: LayerLayout) -> PlainWeights:
         return PlainWeights(
             qkv=self._linear(layout.matrices["qkv"]),
             output=self._linear(layout.matrices["output"]),
             q_norm=self._optional_norm(layout, "q_norm"),
             k_norm=self._optional_norm(layout, "k_norm"),
+            sinks=self._optional_vector(layout, "sinks"),
         )
 
     def _latent(self, layout: LayerLayout) -> LatentWeights:
@@ -197,10 +204,9 @@ class _Loader:
         )
 
     def _experts(self, layout: LayerLayout, ffn: ExpertsFfn) -> ExpertsWeights:
-        correction = layout.vectors.get("correction")
         return ExpertsWeights(
             router=self._linear(layout.matrices["router"]),
-            correction=self.source.take(correction[0]).float().to(self.ops.device) if correction else None,
+            correction=self._optional_vector(layout, "correction"),
             experts=tuple(self._dense(layout, f"expert {e} ") for e in range(ffn.routing.num_experts)),
             shared=None if ffn.shared_width is None else self._dense(layout, "shared "),
         )

@@ -131,6 +131,65 @@ def test_experts_stand_where_the_config_says() -> None:
     assert found.kv_spec("fp8").bytes_per_token == 4 * (16 + 1 + 8 + 1)
 
 
+GPT_OSS_20B: dict[str, Any] = {  # as the hub has it, without what nobody reads
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            *("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"),
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"rope_type": "yarn", "truncate": False},
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+
+
+def test_gpt_oss_as_the_hub_has_it() -> None:
+    found = spec_from_config(GPT_OSS_20B, {"eos_token_id": [200002, 199999, 200012]}, "ckpt")
+    attention, ffn, scaling = found.attention, found.layers[0].ffn, found.ropes[0].scaling
+    assert isinstance(attention, PlainAttention)
+    assert (attention.sinks, attention.qkv_bias, attention.output_bias, attention.softcap) == (True, True, True, None)
+    assert windows(found) == [128, None] * 12
+    assert isinstance(ffn, ExpertsFfn)
+    assert (ffn.width, ffn.bias, ffn.routing.per_token, ffn.routing.bias) == (2880, True, 4, True)
+    assert (found.activation, ffn.routing.scores) == ("clamped_swiglu", "softmax_of_chosen")
+    assert scaling is not None
+    assert (scaling.kind, scaling.truncate, scaling.magnitude) == ("yarn", False, pytest.approx(1.3465736))
+    assert (found.max_model_len, found.eos_ids, found.rms_eps) == (131072, (200002, 199999, 200012), 1e-5)
+    assert num_parameters(found) == 20_914_757_184  # the model card's 21 B
+    unsaid = ("rope_scaling", "rope_theta", "layer_types", "swiglu_limit", "sliding_window")
+    told = {name: value for name, value in GPT_OSS_20B.items() if name not in unsaid}
+    assert spec_from_config(told, {"eos_token_id": [200002, 199999, 200012]}, "ckpt") == found
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LlamaForCausalLM", {"num_local_experts": 4}, "num_local_experts"),
     ("LlamaForCausalLM", {"sliding_window": 64}, "sliding_window"),
@@ -158,6 +217,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("DeepseekV3ForCausalLM", {**MLA, "scoring_func": "softmax"}, "scoring_func"),
     ("DeepseekV3ForCausalLM", {**MLA, "moe_layer_freq": 2}, "moe_layer_freq"),
     ("DeepseekV3ForCausalLM", {**MLA, "n_group": 3}, "3 groups"),
+    ("GptOssForCausalLM", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0; must be 7.0"),
+    ("GptOssForCausalLM", {"swiglu_alpha": 1.0}, "swiglu_alpha"),
+    ("GptOssForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 5}, "5 experts per token"),
     ("FalconForCausalLM", {}, "FalconForCausalLM.*served: LlamaForCausalLM"),
 ]
 
@@ -199,6 +261,8 @@ def _rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None])
         ("qwen2-moe-windows", "model.layers.1.mlp.shared_expert_gate.weight"),
         ("deepseek-v2", "model.layers.2.self_attn.q_a_layernorm.weight"),
         ("deepseek-v3", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("gpt-oss", "model.layers.1.self_attn.sinks"),
+        ("gpt-oss", "model.layers.1.mlp.router.bias"),
     ],
 )
 def test_names_the_tensor_that_is_missing_or_wrongly_shaped(name: str, tensor: str, copied: Callable) -> None:
@@ -232,6 +296,26 @@ def test_fused_and_unfused_projections_are_the_same_model(copied: Callable, make
     _rewrite(unfused, split)
     (ours,) = make_hand(unfused).logits([("a", 0, ids)])
     assert torch.equal(ours, expected)
+
+
+def test_stacks_of_experts_that_do_not_fit_are_named(copied: Callable) -> None:
+    directory, at = copied("gpt-oss"), "model.layers.1.mlp.experts."
+    kept = load_file(directory / "model.safetensors")
+
+    def refused(named: str, **changes: torch.Tensor | None) -> None:
+        tensors = {**kept, **{at + name: tensor for name, tensor in changes.items()}}
+        save_file({n: t for n, t in tensors.items() if t is not None}, directory / "model.safetensors")
+        with pytest.raises(CheckpointError, match=named):
+            load(directory)
+
+    refused(r"experts.6.down_proj.weight, which", down_proj=torch.zeros(7, 32, 64))
+    refused(r"experts.0.down_proj.weight has shape \[63, 32\]", down_proj=torch.zeros(6, 32, 63))
+    refused(r"experts.0.gate_proj.weight has shape \[31, 64\]", gate_up_proj=torch.zeros(6, 64, 62))
+    refused("experts.gate_up_proj, which", gate_up_proj=torch.zeros(6, 64, 63))
+    refused("experts.down_proj_bias, which", down_proj_bias=torch.zeros(6))
+    refused("lacks model.layers.1.mlp.experts.0.gate_proj.weight", gate_up_proj=None)
+    # Without the biases of its gates it is no gpt-oss: other families' stacks have another order.
+    refused("experts.(down|gate_up)_proj(_bias)?, which", gate_up_proj_bias=None)
 
 
 def test_layers_behind_the_decoders_are_left_alone_where_the_config_knows_of_them(copied: Callable) -> None:
@@ -269,13 +353,13 @@ class Watched:
 
     def take(self, name: str) -> torch.Tensor:
         tensor = self._source.take(name).clone()
-        if tensor.ndim == 2 and "gate." not in name:  # a router of float32 is kept as it is
+        if tensor.ndim == 2 and not name.endswith(("gate.weight", "router.weight")):  # a float32 router is kept
             self._given.append(weakref.ref(tensor))
         self.most = max(self.most, sum(ref() is not None for ref in self._given))
         return tensor
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2-moe-windows", "deepseek-v2"])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-moe-windows", "deepseek-v2", "gpt-oss"])
 def test_tensors_are_packed_as_they_come(name: str, family_directory: Callable[[str], Path]) -> None:
     directory = family_directory(name)
     source = Watched(directory)
@@ -283,7 +367,7 @@ def test_tensors_are_packed_as_they_come(name: str, family_directory: Callable[[
     assert source.most <= 3  # queries, keys and values
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "mixtral", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "mixtral", "deepseek-v3", "gpt-oss"])
 def test_counts_bytes_of_weights_of_8_bits(name: str, family_directory: Callable[[str], Path]) -> None:
     found = load_spec(family_directory(name))
     whole, small = weight_bytes(found, "bfloat16"), weight_bytes(found, "bfloat16", "int8")

@@ -18,7 +18,18 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints.gguf_files import BLOCK_SCALES, shards, stored, write_gguf
 from support.checkpoints.logits_oracle import assert_same_logits
 from support.checkpoints.models import resolved
-from support.checkpoints.tiny_families import _LONG, _PHI, _YARN, VOCAB, TinyFamily, _mla, _moe, _rope, write_family
+from support.checkpoints.tiny_families import (
+    _LONG,
+    _OSS,
+    _PHI,
+    _YARN,
+    VOCAB,
+    TinyFamily,
+    _mla,
+    _moe,
+    _rope,
+    write_family,
+)
 
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.gguf.file import GgufFile
@@ -71,6 +82,7 @@ FAMILIES = [
         ),
     ),
     TinyFamily("deepseek-v3", "DeepseekV3Config", _mla(q_lora_rank=None, n_group=4, topk_group=2, n_shared_experts=1)),
+    TinyFamily("gpt-oss", "GptOssConfig", {**_OSS, "num_local_experts": 5, "num_experts_per_tok": 2}),
 ]
 MORE = {
     "gemma2": {"ARCH.attention.sliding_window": 20},

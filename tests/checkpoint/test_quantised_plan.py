@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints.quantised_checkpoints import NAMES, PLACE
+from support.checkpoints.quantised_checkpoints import NAMES, PLACE, as_mxfp4
 
 from twostroke.checkpoint.config_json import load_spec, spec_from_config
 from twostroke.checkpoint.layout import EMBEDDING, HEAD, expected_shapes
@@ -144,6 +144,40 @@ def test_names_the_tensor_and_the_file_of_what_does_not_fit(
     with pytest.raises(CheckpointError, match=named) as raised:
         load_spec(place)
     assert "model.safetensors" in str(raised.value)
+
+
+BLOCKS = "gate_up_proj_blocks has shape"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (cut("model.layers.1.mlp.experts.gate_up_proj_scales"), "gate_up_proj_scales has shape"),
+        (without("model.layers.1.mlp.experts.down_proj_scales"), "no file holds .*down_proj_scales"),
+        (without("model.layers.1.mlp.experts.down_proj_blocks"), "no file holds .*down_proj_blocks"),
+        (retyped("model.layers.1.mlp.experts.down_proj_blocks", torch.int32), "down_proj_blocks is I32"),
+        (added("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(6, 63, 2, 16, dtype=torch.uint8)), BLOCKS),
+        (added("model.layers.1.mlp.experts.gate_up_proj_blocks", torch.zeros(6, 64, 32, dtype=torch.uint8)), BLOCKS),
+    ],
+)
+def test_names_the_stack_that_does_not_fit(
+    edit: Callable[[Tensors], object], named: str, family_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    as_mxfp4(family_directory("gpt-oss"), tmp_path / "mxfp4", tmp_path / "float")
+    tensors = load_file(tmp_path / "mxfp4" / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "mxfp4" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=named) as raised:
+        load_spec(tmp_path / "mxfp4")
+    assert "model.safetensors" in str(raised.value)
+
+
+def test_refuses_a_key_of_mxfp4_that_it_does_not_know(family_directory: Callable[[str], Path]) -> None:
+    config = json.loads((family_directory("gpt-oss") / "config.json").read_text())
+    keys = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"], "dequantize": True}
+    spec_from_config(config | {"quantization_config": keys}, {}, "here")
+    with pytest.raises(CheckpointError, match="group_size = 16"):
+        spec_from_config(config | {"quantization_config": keys | {"group_size": 16}}, {}, "here")
 
 
 def test_a_file_cut_short_is_refused_by_name(changed: Callable[..., Path]) -> None:

@@ -46,6 +46,8 @@ class Cache:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The oracle: causal float64 attention of the last len(q) positions, [tokens, q_heads, width]."""
         k, v = self.k[sequence], self.v[sequence]
@@ -58,7 +60,11 @@ class Cache:
         hidden = key > query
         if window is not None:
             hidden |= key <= query - window
-        return torch.einsum("htc,chw->thw", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            sunk = sinks.double().to(scores.device).view(-1, 1, 1).expand(-1, len(q), 1)
+            scores = torch.cat((scores, sunk), -1)
+        return torch.einsum("htc,chw->thw", scores.softmax(-1)[..., : len(k)], v)
 
 
 def filled(

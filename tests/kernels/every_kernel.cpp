@@ -79,7 +79,7 @@ void products() {
                 const std::string name = std::to_string(kind) + " by " + std::to_string(x_kind) + ", " + std::to_string(rows) + " rows";
                 tell("linear " + name, out);
                 const Packed gates(kind, x_kind, 2 * 64, inner, 5);
-                for (int activation : {SILU, GELU_TANH}) {
+                for (int activation : {SILU, GELU_TANH, CLAMPED_SWIGLU}) {
                     Memory gated((int64_t)rows * 64 * bytes(x_kind));
                     const Rows half{gated.data, 64, rows, x_kind};
                     twostroke_linear(threads, &gates.matrix, &in, &half, activation, 64, (uint32_t*)scratch.data);
@@ -130,6 +130,7 @@ void cache() {
                 twostroke_write(threads, parts, 2, slots.data(), TOKENS, (int32_t*)bad.data);
                 tell("keys " + name, keys), tell("scales " + name, key_scales);
                 const int32_t blocks[BLOCKS] = {0, 1, 2, 3, 4};
+                const float sinks[HEADS * GROUP] = {0, 2, -3, 50, 1, -80};
                 for (int count : {1, 40}) {
                     Memory q((int64_t)count * HEADS * GROUP * width, kind, 33, 3.0f), out((int64_t)count * HEADS * GROUP * width * bytes(kind));
                     const AttendSpan span{blocks, 0, TOKENS - count, count, 0};
@@ -141,6 +142,7 @@ void cache() {
                         job.out = {out.data, HEADS * GROUP * width, count, kind};
                         job.spans = &span, job.num_parts = 1, job.num_spans = 1, job.heads = HEADS * GROUP;
                         job.window = window, job.scale = 0.125f, job.softcap = window ? 5.0f : 0.0f;
+                        job.sinks = window ? nullptr : sinks;
                         twostroke_attend(threads, &job);
                         tell("attend " + std::to_string(count) + " window " + std::to_string(window) + ": " + name, out);
                     }

@@ -16,7 +16,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # an infinite exponential is a gate of zero
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "clamped_swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "ffn"), [(1, 1), (3, 63), (2, 1024), (5, 1025), (0, 8)])
 def test_equals_the_definition(rows: int, ffn: int, dtype: torch.dtype, kind: Activation) -> None:

@@ -63,6 +63,26 @@ def test_windows_and_softcaps_over_both_codecs(
     assert relative_error(out, cache, q, 0.2, window=window, softcap=softcap) < 5e-5
 
 
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("codec", ["fp8", "bf16"])
+def test_sinks_of_every_size(make_cache: Any, codec: str, window: int | None) -> None:
+    cache = make_cache([1, 65, 257, 600], heads=2, width=32, codec=codec)
+    q = 3 * queries(4, 6, 32, torch.float32)
+    options = {"window": window, "sinks": torch.tensor([-200.0, 0.0, 3.0, 30.0, -4.0, 1.0])}
+    out = run(cache, q, 0.2, **options)
+    assert relative_error(out, cache, q, 0.2, **options) < 5e-5
+    defined = reference_attention.paged_decode_attention(
+        q, cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens, scale=0.2, **options
+    )
+    assert relative_error(defined, cache, q, 0.2, **options) < 5e-5
+    assert relative_error(run(cache, q, 0.2, window=window), cache, q, 0.2, **options) > 0.1
+    for s in range(4):  # the same bits in any batch
+        args = cache.k_planes, cache.v_planes, cache.block_tables[s : s + 1], cache.context_lens[s : s + 1]
+        assert torch.equal(paged_decode_attention(q[s : s + 1], *args, scale=0.2, **options)[0], out[s])
+    cache.context_lens[0] = 0
+    assert not run(cache, q, 0.2, **options)[0].any()
+
+
 def test_agrees_with_the_reference_under_large_scores(make_cache: Any) -> None:
     cache = make_cache([300, 64])
     q = 30 * queries(2, 2, 64, torch.float32)
@@ -105,6 +125,8 @@ def test_what_does_not_fit_is_refused(make_cache: Any) -> None:
         run(cache, queries(1, 3, 64, torch.float32))
     with pytest.raises(ValueError, match="contiguous"):
         run(cache, queries(1, 2, 64, torch.float16))
+    with pytest.raises(ValueError, match=r"sinks are torch.float32 \(3,\)"):
+        run(cache, queries(1, 2, 64, torch.float32), sinks=torch.zeros(3))
     cache.context_lens = cache.context_lens.long()
     with pytest.raises(ValueError, match="context_lens"):
         run(cache, queries(1, 2, 64, torch.float32))

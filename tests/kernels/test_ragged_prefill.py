@@ -101,6 +101,18 @@ def test_windows_and_softcaps(
     assert relative_error(run(cache, q, scratch, **options), cache, q, **options) < 5e-5
 
 
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("scratch", [None, torch.bfloat16])
+def test_sinks_of_every_size(make_cache: Any, scratch: torch.dtype | None, window: int | None) -> None:
+    cache = make_cache([33, 340], heads=2, width=32)
+    q = [3 * queries(count, 6, 32, count) for count in (33, 50)]
+    options: dict[str, Any] = {"window": window, "sinks": torch.tensor([-200.0, 0.0, 3.0, 30.0, -4.0, 1.0])}
+    out = run(cache, q, scratch, **options)
+    assert relative_error(out, cache, q, **options) < 5e-5
+    assert relative_error(run(cache, q, scratch, window=window), cache, q, **options) > 0.1
+    assert torch.equal(run(cache, [rows[-1:] for rows in q], scratch, **options)[1][0], out[1][-1])
+
+
 @pytest.fixture
 def even_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter multiplies with BLAS, where the sums of a row depend on its place: nothing of the kernel's."""
@@ -141,7 +153,7 @@ def test_a_chunk_of_one_is_a_decode_step(make_cache: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(launch, "prefill", launch.decode)
     cache = make_cache([600, 64, 257], heads=1, width=32)
     q = queries(3, 4, 32)
-    for options in ({}, {"window": 290}, {"softcap": 3.0}):
+    for options in ({}, {"window": 290}, {"softcap": 3.0}, {"sinks": torch.tensor([0.0, 3.0, -9.0, 1.0])}):
         args = cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens
         decoded = paged_decode_attention(q, *args, scale=0.125, **options)
         assert torch.equal(torch.cat(run(cache, list(q.split(1)), torch.bfloat16, **options)), decoded)

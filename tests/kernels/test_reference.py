@@ -157,15 +157,19 @@ def test_attention_has_the_same_bits_in_any_batch_chunk_and_block_size(
 
 
 @pytest.mark.parametrize("codec", ["fp8", "bf16"])
-@pytest.mark.parametrize(("window", "softcap"), [(1, None), (64, 2.0), (100, None), (None, 0.5)])
-def test_windows_and_softcaps_equal_float64(
-    make_cache: Any, codec: str, window: int | None, softcap: float | None
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"),
+    [(1, None, None), (64, 2.0, None), (100, None, None), (None, 0.5, None), (64, None, (-90.0, 0.0, 2.0, 50.0))],
+)
+def test_windows_softcaps_and_sinks_equal_float64(
+    make_cache: Any, codec: str, window: int | None, softcap: float | None, sinks: tuple[float, ...] | None
 ) -> None:
     lengths = [1, 65, 200]
     cache = make_cache(lengths, codec=codec)
     q = [3 * normal(length, 4, 64, seed=length) for length in lengths]
     args = cache.k_planes, cache.v_planes, cache.block_tables, cache.context_lens
-    options = {"scale": 0.125, "window": window, "softcap": softcap}
+    sunk = None if sinks is None else torch.tensor(sinks)
+    options = {"scale": 0.125, "window": window, "softcap": softcap, "sinks": sunk}
     starts = torch.tensor([0, *lengths]).cumsum(0)
     whole = reference_attention.ragged_prefill_attention(torch.cat(q), *args, query_starts=starts, **options)
     last = reference_attention.paged_decode_attention(torch.stack([rows[-1] for rows in q]), *args, **options)

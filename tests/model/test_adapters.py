@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gemma2": {},
     "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
     "mixtral": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "gpt-oss": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
 }
 
 

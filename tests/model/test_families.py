@@ -113,6 +113,10 @@ def _without_softcap(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, attention=dataclasses.replace(spec.attention, softcap=None))
 
 
+def _without_clamps(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, activation="silu")
+
+
 def _without_final_softcap(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, final_softcap=None)
 
@@ -145,6 +149,11 @@ def _routing(**changes: object) -> Callable[[ModelSpec], ModelSpec]:
         ("gemma3", _without_windows),
         ("phi3", _without_windows),
         ("mixtral", _without_windows),
+        ("gpt-oss", _without_windows),
+        ("gpt-oss-plain", _without_windows),
+        ("gpt-oss", _without_scaling),
+        ("gpt-oss", _without_clamps),
+        ("gpt-oss", _routing(scores="softmax")),
         ("qwen2-moe-windows", _without_windows),
         ("qwen3-moe-windows", _without_windows),
         ("llama-llama3", _without_scaling),
@@ -178,7 +187,21 @@ def test_every_feature_acts_in_these_models(
     assert ((changed - real).abs().amax(-1) / real.abs().amax(-1)).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"])
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_sinks_act_in_these_models(kernels: str, family_directory: Callable[[str], Path], make_hand: Callable) -> None:
+    ids, hand = prompts((120,))[0], make_hand(family_directory("gpt-oss"), kernels=kernels)
+    (real,) = hand.logits([("a", 0, ids)])
+    layers = []
+    for layer in hand.decoder.weights.layers:
+        assert layer.attention.sinks is not None
+        layers.append(dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, sinks=None)))
+    weights = dataclasses.replace(hand.decoder.weights, layers=tuple(layers))
+    hand.decoder = decoder_module.Decoder(hand.spec, weights, hand.decoder.ops, hand.decoder.max_model_len)
+    (changed,) = hand.logits([("b", 0, ids)])
+    assert ((changed - real).abs().amax(-1) / real.abs().amax(-1)).min() > 1e-2  # every row
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "gpt-oss"])
 def test_tokens_choose_different_experts(
     name: str, family_directory: Callable[[str], Path], make_hand: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

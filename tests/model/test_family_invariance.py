@@ -29,6 +29,7 @@ CHOSEN = [
     "qwen3-moe",
     "deepseek-v2",
     "deepseek-v3",
+    "gpt-oss",
 ]
 
 
@@ -99,7 +100,7 @@ def test_bits_depend_on_a_tokens_own_prefix_alone(
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe-windows", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe-windows", "deepseek-v3", "gpt-oss"])
 def test_two_threads_give_the_bits_of_one(
     name: str, kernels: str, reference: Callable, family_directory: Callable[[str], Path], make_hand: Callable
 ) -> None:

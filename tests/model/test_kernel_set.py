@@ -43,6 +43,7 @@ def answers(dtype: torch.dtype, quantization: Quantization) -> list[torch.Tensor
         ops.gated_linear(x, gates, "silu"),
         ops.gated_linear(x, plain_gates, "silu"),
         ops.gated_linear(x, plain_gates, "gelu_tanh"),
+        ops.gated_linear(x, plain_gates, "clamped_swiglu"),
         ops.rms_norm(x, norm),
         ops.rotary(x.clone().view(ROWS, 4, 64), numbers(7, ROWS, 32), numbers(8, ROWS, 32)),
     ]
@@ -52,6 +53,8 @@ def answers(dtype: torch.dtype, quantization: Quantization) -> list[torch.Tensor
     layout = ops.lay_out([Span(0, 0, 300, cache.tables[0])], BLOCK)
     for kind in (AttentionKind(0.125), AttentionKind(0.3, window=37, softcap=5.0)):
         found.append(ops.attend((q,), cache.planes[:1], cache.planes[1], layout, kind))
+    sinks = numbers(16, 6) * 4
+    found.append(ops.attend((q,), cache.planes[:1], cache.planes[1], layout, AttentionKind(0.125), sinks=sinks))
     found += [part for plane in cache.planes for part in plane if part is not None]
     parts = [numbers(seed, 130, 1, width).to(dtype) for seed, width in ((12, 96), (13, 32))]
     q_parts = tuple(numbers(seed, 16, 20, width).to(dtype) for seed, width in ((14, 96), (15, 32)))

@@ -217,17 +217,19 @@ def test_rotation_is_the_definition(dtype: torch.dtype, interleaved: bool, half:
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "clamped_swiglu"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_gates_are_the_definition(dtype: torch.dtype, activation: Activation, quantization: Quantization) -> None:
     matrix, bias = torch.randn(2 * 70, 64), torch.randn(2 * 70)
     ours, torchs = native_ops(dtype, 2, quantization), TorchOps(dtype, 1, quantization)
     packed, theirs = ours.pack(matrix, bias, gated=True), torchs.pack(matrix, bias, gated=True)
     assert packed.num_bytes < 1.3 * theirs.num_bytes
+    # torch rounds a product before it adds the bias, and a clamped answer does not have the product's size.
+    roundings = 8 if activation == "clamped_swiglu" else 3
     for rows in (1, 2, 7, 12, 14, 16, 17, 40):
         x = (torch.randn(rows, 64) * torch.logspace(-4, 1, rows).unsqueeze(1)).to(dtype)
         got = ours.gated_linear(x, packed, activation)
-        close(got, torchs.gated_linear(padded(x), theirs, activation)[:rows], dtype, roundings=3)
+        close(got, torchs.gated_linear(padded(x), theirs, activation)[:rows], dtype, roundings)
         for row in range(0, rows, 5):
             assert torch.equal(got[row], ours.gated_linear(x[row : row + 1].contiguous(), packed, activation)[0])
 
@@ -248,6 +250,21 @@ def test_gates_of_every_size_are_the_definition(dtype: torch.dtype, activation: 
     # What a gate lets through of the least that a float32 can be is as good as nothing.
     allowed = wanted.abs() * (2.0**-8 if dtype == BF16 else 2.0**-15) + gate.abs() * 2.0**-120
     assert ((got - wanted).abs() <= allowed).all(), (gate, got, wanted)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 40])
+def test_clamped_gates_of_every_size_are_the_definition(dtype: torch.dtype, rows: int) -> None:
+    gates = torch.logspace(-20, 20, 32 * rows, dtype=torch.float64).view(rows, 32)
+    x = torch.cat((gates, -gates), dim=1).to(dtype)
+    ops = native_ops(dtype)
+    ups = torch.eye(64)[torch.arange(64).roll(7)]
+    got = ops.gated_linear(x, ops.pack(torch.cat((torch.eye(64), ups)), gated=True), "clamped_swiglu").double()
+    gate, up = x.double().clamp(max=7.0), x.double()[:, torch.arange(64).roll(7)].clamp(-7.0, 7.0)
+    wanted = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    allowed = (gate * (up + 1)).abs() * (2.0**-8 if dtype == BF16 else 2.0**-15) + gate.abs() * 2.0**-120
+    assert ((got - wanted).abs() <= allowed).all()
+    assert got.abs().max() > 50  # both clamps act
 
 
 @DTYPES
@@ -286,7 +303,9 @@ KINDS = {
     "plain": AttentionKind(0.125),
     "window": AttentionKind(0.125, window=37),
     "softcap": AttentionKind(0.3, softcap=5.0),
+    "sinks": AttentionKind(0.125, window=37),
 }
+SINKS = torch.tensor([-40.0, 0.0, 2.5, 60.0, -1.0, 4.0])  # of each head: as good as none, as good as all, and between
 LENGTHS = (150, 1, 64, 65, 300)
 
 
@@ -306,7 +325,8 @@ def test_attention_is_the_definition(dtype: torch.dtype, codec: str, kind: str) 
             row += count
         rows = q if ops.row_multiple == 1 else padded(q)
         layout = ops.lay_out(spans, BLOCK)
-        answers.append(ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind])[:75])
+        sinks = SINKS if kind == "sinks" else None
+        answers.append(ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind], sinks=sinks)[:75])
     close(answers[0], answers[1], dtype)
 
 
@@ -324,6 +344,25 @@ def test_latent_attention_adds_the_scores_of_two_parts(dtype: torch.dtype, codec
 
 
 @DTYPES
+def test_a_sink_is_a_key_without_a_value(dtype: torch.dtype) -> None:
+    """The same as one more key whose score is the sink and whose value is zero, for queries of ones."""
+    heads, width, sink = 2, 64, 1.5
+    k, v = torch.randn(20, heads, width).to(dtype), torch.randn(20, heads, width).to(dtype)
+    first = torch.full((1, heads, width), sink / width).to(dtype)
+    ops, q = native_ops(dtype), torch.ones(1, heads, width).to(dtype)
+    k /= 8  # scores of the sink's size
+
+    def attended(keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        cache = Cache(ops, (len(keys),), (keys, values), "fp32" if dtype == F32 else "bf16")
+        layout = ops.lay_out([Span(0, len(keys) - 1, 1, cache.tables[0])], BLOCK)
+        return ops.attend((q,), cache.planes[:1], cache.planes[1], layout, AttentionKind(1.0), sinks=sinks)
+
+    with_key = attended(torch.cat((first, k)), torch.cat((torch.zeros_like(first), v)), None)
+    close(attended(k, v, torch.full((heads,), sink)), with_key, dtype, roundings=2)
+    assert (attended(k, v, None).float() - with_key.float()).abs().max() > 0.01
+
+
+@DTYPES
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torch.dtype, kind: str) -> None:
     length, heads, kv_heads, width = 260, 6, 2, 64
@@ -335,7 +374,8 @@ def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torc
     def attend(ops: NativeOps, start: int, count: int) -> torch.Tensor:
         layout = ops.lay_out([Span(0, start, count, cache.tables[0])], BLOCK)
         rows = q[start : start + count].contiguous()
-        return ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind])
+        sinks = SINKS if kind == "sinks" else None
+        return ops.attend((rows,), cache.planes[:1], cache.planes[1], layout, KINDS[kind], sinks=sinks)
 
     q[130], q[131, 0, 0], q[132], q[133, 3] = q[130] * 1e38, float("nan"), float("inf"), float("-inf")
     whole = attend(two, 0, length)
@@ -409,8 +449,10 @@ def test_older_machines_compute_the_same_to_rounding(level: str, monkeypatch: py
         test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype, "none")
         test_stored_bytes_are_the_definition(dtype, "fp8", 64)
         test_attention_is_the_definition(dtype, "fp8", "window")
+        test_attention_is_the_definition(dtype, "fp8", "sinks")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
         test_gates_are_the_definition(dtype, "gelu_tanh", "none")
+        test_gates_are_the_definition(dtype, "clamped_swiglu", "none")
         test_gates_of_every_size_are_the_definition(dtype, "silu", 40)
         test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype, "none")
         test_a_head_is_a_norm_and_a_product_and_finds_the_extremes(dtype, "int8")

@@ -57,7 +57,7 @@ def work() -> list[tuple[str, int, list[int]]]:
 
 @pytest.mark.parametrize("slot_bytes", [SMALL, LARGE])
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "phi3", "qwen3", "qwen3-moe", "deepseek-v2"])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma2", "phi3", "qwen3", "qwen3-moe", "deepseek-v2", "gpt-oss"])
 def test_ranks_agree_with_one(
     name: str, size: int, slot_bytes: int, family_directory: Callable[[str], Path], make_group: Callable
 ) -> None:

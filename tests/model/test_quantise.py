@@ -198,11 +198,13 @@ def test_settings_that_cannot_be_followed_are_refused(
 
 
 def test_checkpoints_texts_and_machines_that_do_not_do_are_refused(
-    one_layer: Path, form: Callable[[str], Path], tmp_path: Path
+    one_layer: Path, form: Callable[[str], Path], family_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:
     rtn = Settings("rtn")
     with pytest.raises(CheckpointError, match="it is quantised already; give the float checkpoint"):
         quantised(form("rtn-4"), tmp_path / "out", rtn)
+    with pytest.raises(CheckpointError, match=r"stacked with biases \(GptOssForCausalLM\).*MXFP4 release"):
+        quantised(family_directory("gpt-oss"), tmp_path / "out", rtn)
     with pytest.raises(ConfigError, match="which exists; give a new name"):
         quantised(one_layer, one_layer, rtn)
     with pytest.raises(ConfigError, match=r"gives 768 tokens in whole windows; at least 1024 are needed"):

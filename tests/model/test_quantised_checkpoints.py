@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints.logits_oracle import assert_same_logits, oracle
 from support.checkpoints.models import Hand
-from support.checkpoints.quantised_checkpoints import NAMES, PLACE, as_fp8, digest, expected
+from support.checkpoints.quantised_checkpoints import NAMES, PLACE, as_fp8, as_mxfp4, digest, expected
 from support.engines.thread_group import make_ranks
 
 from twostroke.checkpoint.config_json import load_spec
@@ -94,6 +95,43 @@ def test_a_family_in_fp8_is_the_family_of_its_dequantised_numbers(
     plan = quantised_plan(tmp_path / "fp8")
     assert plan is not None
     assert len(plan.matrices) >= 8
+
+
+def test_stacks_of_experts_in_mxfp4_are_what_transformers_decodes(
+    family_directory: Callable[[str], Path], make_hand: Callable[..., Hand], tmp_path: Path
+) -> None:
+    as_mxfp4(family_directory("gpt-oss"), tmp_path / "mxfp4", tmp_path / "float")
+    stacked, floats_ = open_source(tmp_path / "mxfp4"), open_source(tmp_path / "float")
+    assert stacked.shapes() == floats_.shapes()
+    for name in stacked.shapes():
+        assert torch.equal(stacked.take(name), floats_.take(name)), name
+    ids = list(range(3, 40))
+    (ours,) = make_hand(tmp_path / "mxfp4").logits([("a", 0, ids)])
+    (same,) = make_hand(tmp_path / "float").logits([("a", 0, ids)])
+    assert torch.equal(ours, same)
+    assert_same_logits(ours, oracle(tmp_path / "float")(ids))
+    (split,) = make_ranks(tmp_path / "mxfp4", 2).logits([("a", 0, ids)])
+    assert_same_logits(split, ours)
+    assert any("54 matrices are stored quantised (mxfp4)" in remark for remark in load_spec(tmp_path / "mxfp4").remarks)
+    gate = "model.layers.1.mlp.experts.4.up_proj.weight"
+    for axis, part in ((0, range(5, 31)), (1, range(7, 9)), (1, range(33, 33)), (0, range(31, 32))):
+        assert torch.equal(stacked.take_part(gate, axis, part), floats_.take_part(gate, axis, part))
+
+
+def test_a_rank_decodes_its_part_of_a_stack_alone(
+    family_directory: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_mxfp4(family_directory("gpt-oss"), tmp_path / "mxfp4", tmp_path / "float")
+    source, spec, sizes = open_source(tmp_path / "mxfp4"), load_spec(tmp_path / "mxfp4"), []
+    real = decode.looked_up
+
+    def looked_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        sizes.append(indices.numel())
+        return real(table, indices)
+
+    monkeypatch.setattr(decode, "looked_up", looked_up)
+    cut_source(source, shard_spec(spec, Shard(1, 2))).take("model.layers.0.mlp.experts.3.gate_proj.weight")
+    assert sizes == [16 * 64]
 
 
 def test_blocks_that_do_not_divide_a_matrix_end_with_it() -> None:

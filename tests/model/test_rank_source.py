@@ -20,7 +20,7 @@ from twostroke.model.weights.rank_source import cut_source
 from twostroke.model.weights.tensors import PartSource, open_source
 
 # Fused and separate projections, biases, a tied head, several files, experts, latents; widths that do not divide.
-NAMES = ["llama-biases", "llama-llama3", "phi3", "mixtral", "qwen2-moe", "deepseek-v2"]
+NAMES = ["llama-biases", "llama-llama3", "phi3", "mixtral", "qwen2-moe", "deepseek-v2", "gpt-oss"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_key_value_heads": 2}
 
 

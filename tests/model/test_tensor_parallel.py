@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from support.checkpoints.gguf_files import write_gguf
 from support.checkpoints.logits_oracle import assert_same_logits, oracle
 from support.checkpoints.models import GREEDY, Hand, resolved
-from support.checkpoints.tiny_families import FAMILIES, TinyFamily, _mla, _moe, write_family
+from support.checkpoints.tiny_families import _OSS, FAMILIES, TinyFamily, _mla, _moe, write_family
 from support.engines import rank_steps
 from support.engines.thread_group import Ranks, ThreadGroup, make_ranks
 
@@ -50,6 +50,7 @@ ODD_FAMILIES = [
             "moe_intermediate_size": 4,
         },  # nothing for three ranks
     ),
+    TinyFamily("odd-gpt-oss", "GptOssConfig", {**_OSS, **ODD, "num_local_experts": 4, "intermediate_size": 20}),
 ]
 
 

@@ -75,7 +75,9 @@ def continued(ranks: Ranks, token: int, count: int) -> list[int]:
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]} to {pair[1]}")
 @pytest.mark.parametrize("codec", ["float32", "fp8"])
 @pytest.mark.parametrize(
-    "name", ["qwen3", "llama-linear", "deepseek-v2-lite", "ministral"], ids=["gqa", "mqa", "mla", "window"]
+    "name",
+    ["qwen3", "llama-linear", "deepseek-v2-lite", "ministral", "gpt-oss"],
+    ids=["gqa", "mqa", "mla", "window", "sinks"],
 )
 def test_a_prompt_goes_on_at_another_tp_size(
     name: str, codec: str, pair: tuple[int, int], family_directory: Callable[[str], Path]

@@ -11,6 +11,7 @@ import planted_engine
 import planted_gpu
 import planted_handover
 import planted_kv
+import planted_models
 import planted_responses
 import planted_router
 import planted_scaling
@@ -67,9 +68,20 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
     "checkpoint/adapters/": ("tests/checkpoint/test_adapters.py",),
+    "checkpoint/stacked": ("tests/checkpoint/test_family_configs.py", "tests/model/test_quantised_checkpoints.py"),
+    "checkpoint/quantised/mxfp4": (
+        "tests/checkpoint/test_quantised_plan.py",
+        "tests/model/test_quantised_checkpoints.py",
+    ),
+    "checkpoint/cuts": ("tests/model/test_rank_source.py", "tests/model/test_quantised_checkpoints.py"),
+    "checkpoint/gguf/special_ids": ("tests/text/test_gguf_tokenizer.py",),
     "engine/adapters": ("tests/engine/test_adapters.py",),
     "model/ops/native_changes": ("tests/model/test_adapters.py",),
     "model/ops/low_rank": ("tests/model/test_adapters.py",),
+    "model/ops/torch_attention": ("tests/model/test_native_ops.py",),
+    "model/ops/": ("tests/model/test_quantised_checkpoints.py",),
+    "model/weights/": ("tests/model/test_quantised_checkpoints.py",),
+    "model/decoder/": ("tests/model/test_quantised_checkpoints.py",),
     "model/adapters/": ("tests/model/test_adapters.py",),
     "router/workers/loaded_adapters": ("tests/router/workers/test_loaded_adapters.py",),
     "router/routing/fleet": (*_PURE, "tests/router/routing/test_adapters.py"),
@@ -187,6 +199,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/text/test_shown.py",
         "tests/decode_worker/test_choice.py",
     ),
+    "text/tokenizer": ("tests/text/test_tokenizer.py",),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),
     "cluster/deployment/": ("tests/cluster/deployment/test_adoption.py",),
@@ -221,4 +234,5 @@ MUTANTS = [
     *planted_scaling.MUTANTS,
     *planted_adoption.MUTANTS,
     *planted_speculation.MUTANTS,
+    *planted_models.MUTANTS,
 ]

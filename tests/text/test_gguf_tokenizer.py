@@ -123,6 +123,22 @@ def test_chats_end_where_the_vocabulary_has_an_end_of_turn(tmp_path: Path) -> No
     assert end_ids(file) == (1, 7, tokens.index("<|end|>"), 4000)
 
 
+def test_answers_of_gpt_oss_end_with_a_call_too_and_not_with_a_message(tmp_path: Path) -> None:
+    metadata = bundled_metadata()
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    assert "<|end|>" in tokens
+    tokens[4000], kinds[4000] = "<|return|>", CONTROL
+    tokens[4001], kinds[4001] = "<|call|>", CONTROL
+    assert end_ids(GgufFile(write(tmp_path / "m.gguf", metadata))) == (1, 4000, 4001)
+
+
+def test_words_of_gpt_4o_are_cut_as_its_pattern_says(tmp_path: Path) -> None:
+    metadata = bundled_metadata(**{"tokenizer.ggml.pre": "gpt-4o"})
+    (cut,) = (Tokenizer.load(write(tmp_path / "m.gguf", metadata)).backend.pre_tokenizer,)
+    words = [word for word, _ in cut.pre_tokenize_str("HelloWorld isn't 12345 x/\n\nÄrger")]
+    assert words == ["Hello", "World", "Ġisn't", "Ġ", "123", "45", "Ġx", "/ĊĊ", "ÃĦrger"]
+
+
 def test_templates_by_name_with_the_files_own_tokens(tmp_path: Path) -> None:
     templates = {
         "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",

@@ -69,6 +69,22 @@ def test_knows_where_texts_begin_and_end(directory):
     assert tokenizer.token(tokenizer.vocab_size) is None
 
 
+def test_answers_of_gpt_oss_end_with_a_call_although_no_file_says_so(directory):
+    path, before = str(directory / "tokenizer.json"), (directory / "tokenizer.json").read_text()
+    backend = tokenizers.Tokenizer.from_str(before)
+    backend.add_tokens(["<|return|>", "<|call|>"])  # words, that an answer may hold
+    backend.save(path)
+    assert Tokenizer.load(directory).eos_ids == (1, 2)
+    backend = tokenizers.Tokenizer.from_str(before)
+    backend.add_special_tokens(["<|return|>"])
+    backend.save(path)
+    assert Tokenizer.load(directory).eos_ids == (1, 2)  # one alone is no format
+    backend.add_special_tokens(["<|call|>"])
+    backend.save(path)
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.eos_ids == (1, 2, backend.token_to_id("<|return|>"), backend.token_to_id("<|call|>"))
+
+
 def test_a_tokenizer_json_alone_is_enough(directory):
     (directory / "tokenizer_config.json").unlink()
     (directory / "generation_config.json").unlink()

@@ -53,7 +53,7 @@ inline void put_linear(const Job& job, int row, int panel, F32 acc) {
 inline void put_gated(const Job& job, int row, int panel, F32 gate, F32 up) {
     gate = finished(*job.matrix, panel, gate), up = finished(*job.matrix, panel + 1, up);
     if (job.out.kind == BFLOAT16) gate = widen(rounded(gate)), up = widen(rounded(up));
-    put(job, row, panel / 2 * LANES, activate(gate, job.activation, job.out.kind == BFLOAT16) * up);
+    put(job, row, panel / 2 * LANES, gated(gate, up, job.activation, job.out.kind == BFLOAT16));
 }
 // Store one row of a kernel of one or two panels. With one panel, the gate's sum is kept in `gate` until the sum of up comes.
 template <int PANELS>
@@ -84,7 +84,7 @@ inline void put_gates(const Job& job, int row, int panel, int rows, const F32* s
     uint16_t* to = place(job, row, panel);
     for (int r = 0; r < rows; r++, to += job.out.stride, sums += 2) {
         const F32 gate = widen(rounded(sums[0])), up = widen(rounded(sums[1]));
-        store_bf16(to, activate(gate, job.activation, true) * up);
+        store_bf16(to, gated(gate, up, job.activation, true));
     }
 }
 

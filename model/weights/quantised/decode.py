@@ -18,6 +18,7 @@ from ....checkpoint.quantised.matrices import (
     GptqMatrix,
     PackedMatrix,
     ScaledMatrix,
+    StackedFloat4Matrix,
     StoredMatrix,
     TableMatrix,
 )
@@ -58,6 +59,8 @@ class Decoder:
             return self._awq(matrix, rows, columns)
         if isinstance(matrix, Float4Matrix):
             return self._float4(matrix, rows, columns)
+        if isinstance(matrix, StackedFloat4Matrix):
+            return self._stacked_float4(matrix, rows, columns)
         assert isinstance(matrix, TableMatrix)
         return self._table(matrix, rows, columns)
 
@@ -117,16 +120,19 @@ class Decoder:
         return numbers
 
     def _float4(self, matrix: Float4Matrix, rows: range, columns: range) -> Tensor:
-        first, last = columns.start // 2, -(-columns.stop // 2)
-        pairs = self._take(matrix.weight)[rows.start : rows.stop, first:last]
-        indices = nibbles(pairs, high_first=False)[:, columns.start - 2 * first :][:, : len(columns)]
+        pairs = self._take(matrix.weight)[rows.start : rows.stop]
         scale = floats(self._take(matrix.scale)[rows.start : rows.stop], exponents=True)
         if matrix.global_scale is not None:
             whole = floats(self._take(matrix.global_scale)).reshape(())
             scale = scale / whole if matrix.divides else scale * whole
-        numbers = looked_up(E2M1, indices)
-        numbers *= of_groups(scale, matrix.group, columns)
-        return numbers
+        return _from_pairs(pairs, scale, matrix.group, columns)
+
+    def _stacked_float4(self, matrix: StackedFloat4Matrix, rows: range, columns: range) -> Tensor:
+        start, stop = (matrix.first + row * matrix.step for row in (rows.start, rows.stop - 1))
+        place = matrix.expert, slice(start, stop + 1, matrix.step)
+        blocks = self._take(matrix.weight)[place]  # [rows, groups, bytes]
+        scale = floats(self._take(matrix.scale)[place], exponents=True)
+        return _from_pairs(blocks.flatten(1), scale, 2 * blocks.shape[2], columns)
 
     def _table(self, matrix: TableMatrix, rows: range, columns: range) -> Tensor:
         part = range(rows.start * matrix.columns, rows.stop * matrix.columns)  # of the flat row of numbers
@@ -158,6 +164,15 @@ class Decoder:
 
 def _cut(tensor: Tensor, rows: range, columns: range) -> Tensor:
     return tensor[rows.start : rows.stop, columns.start : columns.stop]
+
+
+def _from_pairs(pairs: Tensor, scale: Tensor, group: int, columns: range) -> Tensor:
+    """Numbers of `columns` from bytes [rows, all columns / 2] of two e2m1 each and scales [rows, groups]."""
+    first, last = columns.start // 2, -(-columns.stop // 2)
+    indices = nibbles(pairs[:, first:last], high_first=False)[:, columns.start - 2 * first :][:, : len(columns)]
+    numbers = looked_up(E2M1, indices)
+    numbers *= of_groups(scale, group, columns)
+    return numbers
 
 
 def _awq_unpacked(words: Tensor, rows: range) -> Tensor:

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "phi3": "PHI3",
     "deepseek_v2": "DEEPSEEK2",
     "deepseek_v3": "DEEPSEEK2",
+    "gpt_oss": "GPT_OSS",
 }
 # K-quants are quantised nowhere in Python: random blocks, with the offsets of their float16 scales.
 BLOCK_SCALES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
@@ -161,7 +162,9 @@ def _converted(c: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[
     found: dict[str, np.ndarray] = {}
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for name, values in tensors.items():
-        if ".experts." in name:
+        if c["model_type"] == "gpt_oss":
+            found.update(_of_gpt_oss(name, values))
+        elif ".experts." in name:
             before, after = name.split(".experts.")
             number, _, part = after.partition(".")
             stacks.setdefault(f"{before}.experts.{part}", {})[int(number)] = values
@@ -177,6 +180,19 @@ def _converted(c: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[
         mixtral = name.removeprefix("model.").replace("block_sparse_moe", "feed_forward")
         found[mixtral if "block_sparse_moe" in name else name] = stacked
     return {name.replace("correction_bias", "correction.bias"): values for name, values in found.items()}
+
+
+def _of_gpt_oss(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Stacks with rows of outputs, gate and up apart; sinks with the ending of a matrix."""
+    if name.endswith("sinks"):
+        return {name + ".weight": values}
+    before, _, stack = name.partition(".experts.")
+    if not stack:
+        return {name: values}
+    stack, end = (stack.removesuffix("_bias"), ".bias") if stack.endswith("_bias") else (stack, ".weight")
+    values = values if end == ".bias" else values.swapaxes(1, 2)
+    parts = {stack: values} if stack == "down_proj" else {"gate_proj": values[:, ::2], "up_proj": values[:, 1::2]}
+    return {f"{before}.experts.{part}{end}": np.ascontiguousarray(numbers) for part, numbers in parts.items()}
 
 
 def _turned(c: Mapping[str, Any], name: str, values: np.ndarray) -> np.ndarray:

@@ -50,9 +50,37 @@ def as_fp8(directory: Path, quantised: Path, floats: Path, block: tuple[int, int
         stored[name] = (weight.float() / spread).to(torch.float8_e4m3fn)
         stored[name + "_scale_inv"] = scale
         again[name] = stored[name].float() * spread
-    config = json.loads((directory / "config.json").read_text())
     said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
-    for place, kept, more in ((quantised, stored, {"quantization_config": said}), (floats, again, {})):
+    _write_both(directory, (quantised, stored, {"quantization_config": said}), (floats, again, {}))
+
+
+def as_mxfp4(directory: Path, quantised: Path, floats: Path) -> None:
+    """Write a float gpt-oss with experts in MXFP4, as the releases have it, and what transformers decodes of that."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors = load_file(directory / "model.safetensors")
+    stored, again = dict(tensors), dict(tensors)
+    steps = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    for name, weight in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            continue
+        groups = weight.float().transpose(1, 2).unflatten(2, (-1, 32))  # [experts, rows, groups, 32]
+        exponents = (groups.abs().amax(-1) / 6).clamp(min=1e-30).log2().ceil()
+        near = (groups.abs() / exponents.exp2().unsqueeze(-1)).unsqueeze(-1).sub(steps).abs().argmin(-1)
+        codes = near + 8 * (groups < 0)
+        stored[name + "_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        stored[name + "_scales"] = (exponents + 127).to(torch.uint8)
+        del stored[name]
+        decoded = convert_moe_packed_tensors(stored[name + "_blocks"], stored[name + "_scales"], dtype=torch.float32)
+        again[name] = decoded.contiguous()
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    _write_both(directory, (quantised, stored, {"quantization_config": said}), (floats, again, {}))
+
+
+def _write_both(directory: Path, *checkpoints: tuple[Path, dict[str, torch.Tensor], dict[str, object]]) -> None:
+    """Write checkpoints, each of a place, tensors, and more of the config, beside the original's other files."""
+    config = json.loads((directory / "config.json").read_text())
+    for place, kept, more in checkpoints:
         place.mkdir()
         for file in directory.glob("generation_config.json"):
             shutil.copy(file, place)

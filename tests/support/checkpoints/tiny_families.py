@@ -49,6 +49,16 @@ _LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.5, 2.
 _PHI = {"head_dim": 16, "partial_rotary_factor": 0.75, "max_position_embeddings": 512}
 _YARN = {"factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0}
 
+_OSS = {
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "sliding_window": 20,
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        **{"truncate": False, "original_max_position_embeddings": 16},
+    },
+}
+
 FAMILIES = [
     TinyFamily("llama-biases", "LlamaConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     TinyFamily(
@@ -159,11 +169,24 @@ FAMILIES = [
         "DeepseekV3Config",
         _mla(q_lora_rank=None, n_group=2, topk_group=1, norm_topk_prob=False, rope_interleave=False),
     ),
+    TinyFamily("gpt-oss", "GptOssConfig", {**_OSS, "num_local_experts": 6, "num_experts_per_tok": 3}),
+    TinyFamily(
+        "gpt-oss-plain",
+        "GptOssConfig",
+        {
+            **_OSS,
+            **_rope("default"),
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
 ]
 
 
 def write_family(family: TinyFamily, directory: Path) -> None:
-    """Save a random model: norms away from one, biases away from zero, scores of experts far apart."""
+    """Save a random model: norms away from one, biases and sinks away from zero, scores of experts far apart."""
     import transformers
 
     fields = {
@@ -193,6 +216,10 @@ def write_family(family: TinyFamily, directory: Path) -> None:
                 tensor.uniform_(-0.3, 0.3)
             elif name.endswith("bias"):
                 tensor.uniform_(-0.5, 0.5)
-            elif name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+            elif name.endswith("sinks"):
+                tensor.uniform_(-2.0, 3.0)
+            elif name.endswith("experts.gate_up_proj") and family.config == "GptOssConfig":
+                tensor.mul_(2.5)  # so that some gates are clamped
+            elif name.endswith(("mlp.gate.weight", "mlp.router.weight", "shared_expert_gate.weight")):
                 tensor.normal_(0.0, 0.4)
     model.save_pretrained(directory, max_shard_size=family.shard_size)

@@ -1,0 +1,26 @@
+"""Mutants of how checkpoints of gpt-oss become the model's tensors, and of what its layers compute."""
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant("checkpoint/stacked.py", '("up_proj", 1, 2)', '("up_proj", 0, 2)'),
+    Mutant("checkpoint/stacked.py", "match[1] + _GATE_BIAS in shapes", "True"),
+    Mutant("checkpoint/stacked.py", " or shape[-1] % len(rows)", ""),
+    Mutant("checkpoint/quantised/mxfp4.py", "scales.name, expert, first, step)", "scales.name, 0, first, step)"),
+    Mutant("checkpoint/quantised/mxfp4.py", " or shape[1] % row_multiple", ""),
+    Mutant("checkpoint/quantised/mxfp4.py", "        keys.know((), (", "        keys.know(keys.config, ("),
+    Mutant("checkpoint/cuts.py", "(shard.even(heads),)", "(Piece(0, heads // shard.size, heads // shard.size),)"),
+    Mutant(
+        "model/weights/quantised/decode.py", "slice(start, stop + 1, matrix.step)", "slice(start, stop, matrix.step)"
+    ),
+    Mutant("model/weights/stacked_source.py", "part.first :: part.step", ":: part.step"),
+    Mutant("model/decoder/experts.py", "torch.exp(best - best[:, :1])", "torch.exp(best - best[:, :1]) + 1.0"),
+    Mutant(
+        "model/ops/torch_attention.py",
+        "total = total + torch.exp(sink - largest)\n        mixed",
+        "pass\n        mixed",
+    ),
+    Mutant("model/ops/elementwise.py", "up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)", "up.clamp(max=CLAMPED_LIMIT)"),
+    Mutant("checkpoint/gguf/special_ids.py", "if tokens[i] != _MESSAGE_END]", "if True]"),
+    Mutant("text/tokenizer.py", "if token.special}\n    return tuple(special", "}\n    return tuple(special"),
+]
