@@ -9,7 +9,6 @@ import typer
 from ..cli import options as o
 from ..cluster.config import Config
 from ..core.errors import ConfigError
-from ..core.ports import check_address
 from ..core.request import Role
 
 ParentPid = Annotated[int | None, typer.Option(help="End when this process is no longer our parent.", hidden=True)]
@@ -23,7 +22,10 @@ def worker(
     ] = None,
     routers_at: Annotated[
         list[str] | None,
-        typer.Option(help="name:port; a router at every address of this name, e.g. a headless Service; repeatable."),
+        typer.Option(
+            help="name:port or k8s://SERVICE.NAMESPACE:PORT; a router at every address of this DNS name, or at every "
+            "endpoint of this Service as Kubernetes' API server tells; repeatable."
+        ),
     ] = None,
     worker_id: Annotated[str | None, typer.Option(help="Unique name. Default: role and process id.")] = None,
     host: Annotated[
@@ -50,6 +52,7 @@ def worker(
     import os
 
     from ..checkpoint.locate import located, served_name
+    from ..cluster.discovery.sources import source_of
     from ..worker.machine import machine_facts
     from ..worker.main import run_worker
     from ..worker.settings import WorkerSettings
@@ -65,8 +68,7 @@ def worker(
     check_key(settings)
     if not router and not routers_at:
         raise ConfigError("no router is given to announce to; give --router HOST:PORT or --routers-at NAME:PORT")
-    for name in routers_at or ():
-        check_address(name, "--routers-at")
+    sources = [source_of(name, "--routers-at") for name in routers_at or ()]
     num_ranks = tensor_parallel_size or settings.cluster.ranks_of(role)
     run_worker(
         WorkerSettings(
@@ -90,12 +92,12 @@ def worker(
             metrics_port=settings.cluster.worker_metrics_port,
             metrics_keys=settings.router.metrics_keys,
             routers=tuple(router or ()),
-            routers_at=tuple(routers_at or ()),
             cluster_key=settings.cluster.key,
             orphan_grace_s=settings.cluster.orphan_grace_s,
             drain_timeout_s=settings.cluster.drain_timeout_s,
         ),
         parent_pid,
+        sources,
     )
 
 
@@ -122,9 +124,11 @@ def router(
     The cluster's key is TWOSTROKE__CLUSTER__KEY, the workers' port TWOSTROKE__ROUTER__INTERNAL_PORT.
     """
     settings = o.config_from(locals())
+    from ..cluster.discovery.sources import sources_of_peers
     from ..router.process import RouterProcess, run_router
 
     check_key(settings)
+    sources = sources_of_peers(settings.router)
     if settings.router.internal_port == 0:
         raise ConfigError(
             "router.internal_port is 0; workers announce themselves there, so it must be known: set "
@@ -132,7 +136,11 @@ def router(
         )
     reads_defaults = settings.model.generation_config == "auto"
     process = RouterProcess(
-        settings.router, settings.cluster.key, reads_defaults=reads_defaults, tls=settings.cluster.tls
+        settings.router,
+        settings.cluster.key,
+        reads_defaults=reads_defaults,
+        tls=settings.cluster.tls,
+        sources=sources,
     )
     run_router(process, settings.cluster.drain_timeout_s, parent_pid)
 

@@ -4,10 +4,11 @@ Source of names, types and labels: vLLM's metrics (docs/design/metrics, v1/metri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..core import buckets
 from .board import Board, Kind, Metric
+from .discovery.source import AddressSource
 from .life import Life
 from .request import FinishReason
 from .tally import Spread
@@ -208,6 +209,19 @@ QUEUED_PROMPT_TOKENS = Metric(
     "twostroke_queued_prompt_tokens", Kind.GAUGE, "Prompt tokens at a worker that no step has computed yet"
 )
 
+DISCOVERY_ADDRESSES = Metric(
+    "twostroke_discovery_addresses",
+    Kind.GAUGE,
+    "Addresses of other processes that a name stands for, the last known ones",
+    labels=("source",),
+)
+DISCOVERY_STALE = Metric(
+    "twostroke_discovery_stale",
+    Kind.GAUGE,
+    "1 if they may be out of date or are none, because the name is not found or the API server is away; else 0",
+    labels=("source",),
+)
+
 CACHE_CONFIG = Metric(
     "vllm:cache_config_info",
     Kind.GAUGE,
@@ -294,6 +308,13 @@ def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[st
         spread = spreads.get(name)
         if spread is not None and len(spread.counts) == len(metric.bounds) + 1:
             board.put(metric, *labels, spread=spread)
+
+
+def count_sources(board: Board, sources: Iterable[AddressSource], *labels: str) -> None:
+    """Set the gauges of what finds other processes."""
+    for source in sources:
+        board.set(DISCOVERY_ADDRESSES, *labels, source.name, value=len(source.addresses))
+        board.set(DISCOVERY_STALE, *labels, source.name, value=float(bool(source.problem)))
 
 
 def _count_finished(board: Board, life: Life, *labels: str) -> None:

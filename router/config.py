@@ -50,6 +50,11 @@ class RouterConfig(Section):
     peers: Words = Field(
         (), description="host:port of the other routers' internal ports: explain, abort, status and metrics ask them"
     )
+    peers_at: Words = Field(
+        (),
+        description="k8s://SERVICE.NAMESPACE:PORT: the routers of a Kubernetes Service, at their internal port; needs "
+        "router.name, the name of this router's own pod",
+    )
     shared_ports: bool = Field(
         False, description="share port and grpc_port with other routers of this user on this machine (SO_REUSEPORT)"
     )

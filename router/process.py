@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, cast
 
 import grpc
@@ -16,8 +16,11 @@ import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ..core.board import Board
+from ..core.discovery.source import AddressSource
 from ..core.errors import ConfigError, DeviceFault
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
+from ..core.metrics import count_sources
 from ..core.ports import bindable_host, bound_socket, check_port, target
 from ..core.process_settings import give_large_memory_back, keep_present_objects, switch_often
 from ..core.tls.callers import Caller
@@ -80,8 +83,11 @@ class RouterProcess:
         *,
         reads_defaults: bool = True,
         tls: TlsConfig | None = None,
+        sources: Sequence[AddressSource] = (),
     ) -> None:
         """`reads_defaults`: whether a checkpoint's sampling defaults count (model.generation_config).
+
+        `sources`: of other routers beyond router.peers, without this one.
 
         `tls`: certificates for the links to workers (cluster.tls); None: these links are not encrypted.
 
@@ -94,7 +100,9 @@ class RouterProcess:
         self._tls = TlsIdentity(tls, Caller.ROUTER) if tls else None
         proof = proof_key(cluster_key)
         self._flow = Flow(settings, identity_key(cluster_key), proof_key=proof, tls=self._tls)
-        self._peers = Peers(settings.peers, proof, self._tls)
+        self._peers = Peers(settings.peers, proof, self._tls, sources)
+        if sources:
+            board = Board(self._flow.metrics.registry, (), lambda: count_sources(board, sources))
         self._front = Frontend(settings, self._flow, self._peers, reads_defaults=reads_defaults)
         if settings.journal_url is not None:
             self._front.use_store(settings.journal_url, journal_key(cluster_key))
@@ -136,6 +144,7 @@ class RouterProcess:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._flow.start()
         self._front.keys.start()
+        self._peers.start()
         inner = self._tls.server_credentials() if self._tls else None
         internal = self._flow.internal_server(_INTERNAL_OPTIONS)
         peers_pb2_grpc.add_PeersServicer_to_server(PeerService(self._for_peers()), internal)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 
+from ..core.discovery.source import AddressSource
 from ..core.inside import InsideChannel
 from ..core.lease import WORKER_LEASE
-from ..core.ports import target
 from ..core.tls.callers import Caller
 from ..core.tls.identity import HandshakeRefused, TlsIdentity
 from ..kv.handover.transports.grpc import CHANNEL_OPTIONS
@@ -25,7 +24,6 @@ log = logging.getLogger(__name__)
 LEAVE_TIMEOUT_S = 0.5  # how long a leaving worker waits for its last word to leave
 WARN_AFTER_S = 15.0  # that a router is not there
 WARN_INTERVAL_S = 60.0  # the same, or that we have different keys
-LOOKUP_INTERVAL_S = 2.0  # between two lookups of a DNS name of routers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +47,26 @@ class Announcer:
         info: common_pb2.WorkerInfo,
         key: bytes,
         retry: Retry | None = None,
-        names: Iterable[str] = (),
+        sources: Iterable[AddressSource] = (),
         *,
         tls: TlsIdentity | None = None,
     ) -> None:
         """`routers`: host:port of their Announce services. `key`: kv.keys.proof_key, the same as the routers'.
 
-        `names`: DNS name:port; a router is expected at every address of the name, which is looked up again and again.
-
-        `tls`: this worker's certificates.
+        `sources`: of further ones, which come and go. `tls`: this worker's certificates.
         """
         self._routers = frozenset(routers)
-        self._names = tuple(names)
+        self._sources = tuple(sources)
         self._info = info
         self._key = key
         self._tls = tls
         self._retry = retry or Retry()
         self._leaving = asyncio.Event()
-        self._found: dict[str, frozenset[str]] = {}  # by name: the addresses of its last lookup
         self._answering: set[str] = set()  # routers whose present stream has answered
         self._changed: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address of the router
-        self._lookups: list[asyncio.Task[None]] = []
+        self._searches: list[asyncio.Task[None]] = []
+        self._heard_at_s: dict[str, float] = {}  # when a router last answered
         self._began_s = 0.0
         self._said_at_s: dict[str, float] = {}  # when we last complained of a router
 
@@ -84,7 +80,7 @@ class Announcer:
         self._began_s = asyncio.get_running_loop().time()
         for address in sorted(self._routers):
             self._begin(address)
-        self._lookups = [asyncio.create_task(self._follow(name), name=f"look up {name}") for name in self._names]
+        self._searches = [asyncio.create_task(self._follow(each), name=f"find {each.name}") for each in self._sources]
 
     def update(self, info: common_pb2.WorkerInfo) -> None:
         """Replace the worker's info, e.g. after a change of role. Sent at once."""
@@ -100,38 +96,42 @@ class Announcer:
         tasks = list(self._tasks.values())
         if tasks:
             await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
-        for task in (*tasks, *self._lookups):
+        for task in (*tasks, *self._searches):
             task.cancel()
-        await asyncio.gather(*tasks, *self._lookups, return_exceptions=True)
-        self._tasks, self._lookups = {}, []
+        await asyncio.gather(*tasks, *self._searches, return_exceptions=True)
+        self._tasks, self._searches = {}, []
 
     def _begin(self, address: str) -> None:
         self._changed[address] = asyncio.Event()
         task = self._tasks[address] = asyncio.create_task(self._keep(address), name=f"announce {address}")
-        task.add_done_callback(lambda _: self._forget(address))
+        task.add_done_callback(lambda ended: self._forget(address, ended))
 
-    def _forget(self, address: str) -> None:
-        """Drop what is kept of a router that is gone."""
-        for kept in (self._tasks, self._changed, self._said_at_s):
+    def _forget(self, address: str, ended: asyncio.Task[None]) -> None:
+        """Drop what is kept of a router that is gone. If it has come back meanwhile, it is told again."""
+        for kept in (self._tasks, self._changed, self._said_at_s, self._heard_at_s):
             kept.pop(address, None)
+        has_failed = not ended.cancelled() and ended.exception() is not None
+        if self._is_expected(address) and not self._leaving.is_set() and not has_failed:
+            self._begin(address)
 
-    async def _follow(self, name: str) -> None:
-        """Look a name up until we leave, and announce to every address that it gains."""
-        while not self._leaving.is_set():
-            try:
-                self._found[name] = await _addresses(name)
-            except OSError as error:
-                self._complain_of(name, f"its name was not found: {error}")  # the known addresses stay
-            for address in sorted(self._found.get(name, frozenset()) - self._tasks.keys()):
-                self._begin(address)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), LOOKUP_INTERVAL_S)
+    async def _follow(self, source: AddressSource) -> None:
+        """Announce to every address that a source gains; give up those that it loses, and that do not answer."""
+        async with contextlib.aclosing(source.follow()) as changes:
+            async for found in changes:
+                for address in sorted(found - self._tasks.keys()):
+                    self._begin(address)
+                for address in sorted(self._tasks.keys() - self._answering):
+                    if not self._is_expected(address):
+                        self._tasks[address].cancel()
 
     def _is_expected(self, address: str) -> bool:
-        return address in self._routers or any(address in found for found in self._found.values())
+        return address in self._routers or any(address in source.addresses for source in self._sources)
 
     async def _keep(self, address: str) -> None:
-        """Announce to one router until we leave; reconnect after every loss, unless its name has lost the address."""
+        """Announce to one router until we leave; reconnect after every loss, unless no source has the address any more.
+
+        A router that ends is in no source already, and has requests on this worker: its stream goes on until it ends.
+        """
         failures = 0
         while not self._leaving.is_set() and self._is_expected(address):
             async with InsideChannel(address, self._key, CHANNEL_OPTIONS, self._tls, Caller.ROUTER) as channel:
@@ -149,10 +149,11 @@ class Announcer:
         def replied() -> None:
             answered.set()
             self._answering.add(address)
+            self._heard_at_s[address] = asyncio.get_running_loop().time()
 
         listener = asyncio.create_task(_listen(call, replied))
         try:
-            await self._say(call, self._changed[address], listener)
+            await self._say(call, address, listener)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
             self._complain(address, error)  # and `_keep` tries again
         finally:
@@ -163,6 +164,11 @@ class Announcer:
         if answered.is_set():
             log.info("router %s: announce stream ended", address)
         return answered.is_set()
+
+    def _is_lost(self, address: str) -> bool:
+        """True if no source has the address and the router is silent: its machine is gone, and no stream says so."""
+        silent_s = asyncio.get_running_loop().time() - self._heard_at_s.get(address, 0.0)
+        return silent_s > WORKER_LEASE.silence_s and not self._is_expected(address)
 
     def _complain(self, address: str, error: BaseException) -> None:
         """Warn of an error of the stream to a router."""
@@ -185,10 +191,10 @@ class Announcer:
     async def _say(
         self,
         call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply],
-        changed: asyncio.Event,
+        address: str,
         listener: asyncio.Task[None],
     ) -> None:
-        sequence = 0
+        changed, sequence = self._changed[address], 0
         said: common_pb2.WorkerInfo | None = None
         while not listener.done():
             changed.clear()
@@ -199,23 +205,14 @@ class Announcer:
                 message.worker.CopyFrom(self._info)
                 said = self._info
             await call.write(message)
+            if self._is_lost(address):
+                return
             if leaving:
                 await call.done_writing()
                 await asyncio.wait([listener], timeout=LEAVE_TIMEOUT_S)
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), WORKER_LEASE.beat_s)
-
-
-async def _addresses(name: str) -> frozenset[str]:
-    """Look up name:port; returns host:port of every address.
-
-    Raises:
-        OSError: the name has no address, or no server of names answers.
-    """
-    host, _, port = name.rpartition(":")
-    found = await asyncio.to_thread(socket.getaddrinfo, host, int(port), type=socket.SOCK_STREAM)
-    return frozenset(target(str(address[0]), int(port)) for *_, address in found)
 
 
 async def _listen(

@@ -7,8 +7,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from ..core.discovery.source import AddressSource
 from ..core.foreground import Stop, Stopped, first, leave, orphaned, unless
 from ..core.process_settings import keep_present_objects, switch_often
 from ..kernels.cpu.build import stop_building
@@ -27,8 +28,10 @@ def prepare_process() -> None:
     switch_often()
 
 
-def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
+def run_worker(settings: WorkerSettings, parent_pid: int | None = None, sources: Sequence[AddressSource] = ()) -> None:
     """Main function of a worker process: serve until SIGTERM, SIGINT or the parent's death, drain, return.
+
+    `sources`: of routers beyond those of the settings.
 
     Raises:
         SystemExit: with 1, if the engine ended by its own fault: the process must be restarted.
@@ -36,7 +39,7 @@ def run_worker(settings: WorkerSettings, parent_pid: int | None = None) -> None:
     """
     prepare_process()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(WorkerProcess(settings), settings.drain_timeout_s, parent_pid))
+        runner.run(_serve(WorkerProcess(settings, sources=sources), settings.drain_timeout_s, parent_pid))
 
 
 async def _serve(worker: WorkerProcess, grace_s: float, parent_pid: int | None) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from ..checkpoint.sizes import cache_codec
 from ..core import metrics
 from ..core.board import Board, render
+from ..core.discovery.source import AddressSource
 from ..core.life import Life
 from ..engine.adapters import ServedAdapter
 from ..engine.facts import FaceFacts
@@ -30,9 +31,17 @@ from .settings import WorkerSettings
 class WorkerMetrics:
     """Metrics of one worker. Every series has the labels `model_name` and `engine`, which is the worker's id."""
 
-    def __init__(self, settings: WorkerSettings, facts: FaceFacts, pool: PoolSize, counters: Counter[str]) -> None:
-        """`counters`: those of the face, which are not part of the engine's beat."""
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        facts: FaceFacts,
+        pool: PoolSize,
+        counters: Counter[str],
+        sources: Sequence[AddressSource] = (),
+    ) -> None:
+        """`counters`: those of the face, which are not part of the engine's beat. `sources`: of routers."""
         self._counters = counters
+        self._sources = sources
         self._labels = (facts.model.name, facts.worker_id)
         self._registry = CollectorRegistry()
         self._board = Board(self._registry, ("model_name", "engine"))
@@ -75,6 +84,7 @@ class WorkerMetrics:
         if load is not None:
             self._take(load)
         self._count_adapters()
+        metrics.count_sources(self._board, self._sources, *self._labels)
         if gpu is not None:
             set_metrics(self._board, gpu, *self._labels)
         return render(self._registry, accept)

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,7 @@ import grpc.aio
 
 from .. import __version__
 from ..core.clock import Clock, MonotonicClock
+from ..core.discovery.source import AddressSource
 from ..core.errors import ConfigError, DeviceFault, InternalError
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
@@ -73,9 +75,11 @@ class WorkerProcess:
         clock: Clock | None = None,
         timing: Lease | None = None,
         nvml: Library | None = None,
+        sources: Sequence[AddressSource] = (),
     ) -> None:
-        """`nvml`: a module of pynvml's shape; None: pynvml, if it is installed."""
+        """`nvml`: a module of pynvml's shape; None: pynvml, if it is installed. `sources`: of further routers."""
         self.settings = settings
+        self._sources = tuple(sources)
         self.role = settings.role
         self.incarnation = time.time_ns()
         self.ended = asyncio.Event()  # the engine has ended, by `stop` or by its own fault
@@ -109,7 +113,7 @@ class WorkerProcess:
     def readiness(self) -> str:
         """One line for the operator: address, model, and the routers that the worker announces itself to."""
         settings = self.settings
-        routers = ", ".join((*settings.routers, *(f"all of {name}" for name in settings.routers_at)))
+        routers = ", ".join((*settings.routers, *(f"all of {source.name}" for source in self._sources)))
         return (
             f"{settings.worker_id} ({self.role.value}) is ready with {settings.model_name} at {self.address}; "
             f"it takes work from the routers that it announces itself to: {routers}"
@@ -151,7 +155,7 @@ class WorkerProcess:
         await self._bind()
         self._tasks.append(asyncio.create_task(self.health.keep()))
         self._announcer = Announcer(
-            self.settings.routers, self.info(), self._proof_key, names=self.settings.routers_at, tls=self._tls
+            self.settings.routers, self.info(), self._proof_key, sources=self._sources, tls=self._tls
         )
         self._announcer.start()
         if self.metrics_address:
@@ -246,7 +250,7 @@ class WorkerProcess:
 
     def _make_faces(self, room: BuiltEngine) -> None:
         facts, settings = room.facts, self.settings
-        self._metrics = WorkerMetrics(settings, facts, room.pool_size, self.counters)
+        self._metrics = WorkerMetrics(settings, facts, room.pool_size, self.counters, self._sources)
         common: dict[str, Any] = {
             "dispatcher": self.dispatcher,
             "executor": self._executor,

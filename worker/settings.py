@@ -42,7 +42,6 @@ class WorkerSettings(Section):
     metrics_port: int | None = 0  # GET /metrics and /health, on the same host; 0: any, None: off
     metrics_keys: tuple[str, ...] = Field((), repr=False)  # GET /metrics needs one of them; empty: no key
     routers: tuple[str, ...] = ()  # host:port of their Announce services
-    routers_at: tuple[str, ...] = ()  # DNS name:port: a router at every address of the name
     cluster_key: str = Field(min_length=16, repr=False)
     orphan_grace_s: float = ORPHAN_GRACE_S
     drain_timeout_s: float = 10.0

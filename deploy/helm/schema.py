@@ -67,7 +67,7 @@ class Settings(Values):
         RouterConfig,
         without={
             *("host", "port", "grpc_port", "internal_host", "internal_port", "insecure", "api_keys"),
-            *("name", "shared_ports", "operator_key", "ssl_certfile", "ssl_keyfile"),
+            *("name", "shared_ports", "peers_at", "operator_key", "ssl_certfile", "ssl_keyfile"),
         },
     ) = Field(default_factory=dict)
 
@@ -287,11 +287,17 @@ class Monitoring(Values):
     dashboards: Dashboards = Dashboards()
 
 
+class ApiServer(Values):
+    to: list[Object] = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+    ports: list[Port] = [443, 6443]
+
+
 class NetworkPolicy(Values):
     enabled: bool = True
     clients: list[Object] = [{"podSelector": {}}]
     scrapers: list[Object] = [{"namespaceSelector": {}}]
     hub: list[Object] = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+    apiServer: ApiServer = ApiServer()
 
 
 class ServiceAccount(Values):
@@ -334,6 +340,10 @@ class Tests(Values):
     enabled: bool = True
 
 
+class Discovery(Values):
+    kind: Literal["dns", "endpointslices"] = "dns"
+
+
 class Chart(Values):
     """Values of the chart `twostroke`."""
 
@@ -346,6 +356,7 @@ class Chart(Values):
     apiKeys: ApiKeys = ApiKeys()
     model: Model = Model()
     config: Settings = Settings()
+    discovery: Discovery = Discovery()
     drainTimeoutSeconds: int = Field(30, ge=0, le=3600)
     accelerator: Accelerator = Accelerator()
     gpuResource: str = ""

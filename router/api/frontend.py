@@ -50,7 +50,7 @@ class Frontend:
             ConfigError: the file of keys cannot be read, or is wrong.
         """
         self.flow = flow
-        self.peers = peers or Peers((), b"")
+        self.peers = Peers((), b"") if peers is None else peers  # one that has found none yet is false
         self.keys = KeyRotation(config.api_keys, config.api_key_file, config.operator_key)
         self.limits = Limits.of(config, self.keys.ring)
         self.room = room_of(config)  # for the messages of both APIs
@@ -169,8 +169,8 @@ class Frontend:
         return report
 
     async def metrics(self, accept: str) -> tuple[bytes, str]:
-        """Metrics of all routers, in the format that the Accept header asks for: body and content type."""
-        if not len(self.peers):
+        """Metrics of all routers that share our ports, in the format that the Accept header asks for: body and type."""
+        if not self.peers.num_scraped_here:
             return self.flow.metrics.render(accept)
         texts = [(self.flow.router_id, self.metrics_here()), *await self.peers.metrics()]
         return await asyncio.to_thread(joined_metrics, texts, accept)  # parsing takes some ten milliseconds

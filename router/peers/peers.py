@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import grpc
 import grpc.aio
 
+from ...core.discovery.source import AddressSource
 from ...core.errors import InvalidRequest, StreamMoved, Unavailable
 from ...core.inside import InsideChannel
 from ...core.tls.callers import Caller
@@ -36,15 +38,48 @@ _FAILURES = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, Timeout
 class Peers:
     """The other routers, by the host:port of their internal ports. Without any, every answer is empty."""
 
-    def __init__(self, addresses: Sequence[str], key: bytes, tls: TlsIdentity | None = None) -> None:
-        """`key`: kv.keys.proof_key, the same as theirs; `tls`: our certificates. Connects at the first question."""
-        self._addresses = tuple(addresses)
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        key: bytes,
+        tls: TlsIdentity | None = None,
+        sources: Sequence[AddressSource] = (),
+    ) -> None:
+        """`key`: kv.keys.proof_key, the same as theirs; `tls`: our certificates. Connects at the first question.
+
+        `sources`: of further ones, which come and go, without ourselves. `start` begins to follow them.
+        """
+        self._fixed = tuple(addresses)
+        self._sources = tuple(sources)
         self._key = key
         self._tls = tls
         self._channels: dict[str, InsideChannel] = {}
+        self._searches: list[asyncio.Task[None]] = []
 
     def __len__(self) -> int:
         return len(self._addresses)
+
+    @property
+    def num_scraped_here(self) -> int:
+        """Number of routers that `metrics` asks."""
+        return len(self._fixed)
+
+    @property
+    def _addresses(self) -> tuple[str, ...]:
+        found = frozenset[str]().union(*(source.addresses for source in self._sources))
+        return (*self._fixed, *sorted(found.difference(self._fixed)))
+
+    def start(self) -> None:
+        """Begin to look for routers; returns at once."""
+        self._searches = [asyncio.create_task(self._follow(source)) for source in self._sources]
+
+    async def _follow(self, source: AddressSource) -> None:
+        """Close the connections to routers that are gone."""
+        async with contextlib.aclosing(source.follow()) as changes:
+            async for _ in changes:
+                gone = [address for address in self._channels if address not in self._addresses]
+                for address in gone:
+                    await self._channels.pop(address).close()
 
     async def explain(self, tenant: str, request_id: str) -> dict[str, Any] | None:
         """The report about a tenant's request of the first router that knows it; None: none does."""
@@ -66,9 +101,12 @@ class Peers:
         return [report for reply in replies if (report := _json_object(reply.json)) is not None]
 
     async def metrics(self) -> list[tuple[str, str]]:
-        """Name and metrics (OpenMetrics text) of all routers that answer."""
+        """Name and metrics (OpenMetrics text) of the routers that answer, of those that were named.
+
+        Routers that are found have addresses of their own, and whoever scrapes finds them as well.
+        """
         question = peers_pb2.PeerQuestion()
-        replies = await self._ask_all(lambda stub: stub.Metrics(question, timeout=ANSWER_S))
+        replies = await self._ask_all(lambda stub: stub.Metrics(question, timeout=ANSWER_S), self._fixed)
         return [(reply.router_id, reply.text) for reply in replies]
 
     async def find_key(self, tenant: str, key: str) -> peers_pb2.JournaledKey | None:
@@ -130,11 +168,17 @@ class Peers:
 
     async def close(self) -> None:
         """Close all connections."""
+        for search in self._searches:
+            search.cancel()
+        await asyncio.gather(*self._searches, return_exceptions=True)
         channels, self._channels = list(self._channels.values()), {}
         await asyncio.gather(*(channel.close() for channel in channels), return_exceptions=True)
 
-    async def _ask_all(self, ask: Callable[[Any], Awaitable[Reply]]) -> list[Reply]:
-        replies = await asyncio.gather(*(self._ask(address, ask) for address in self._addresses))
+    async def _ask_all(
+        self, ask: Callable[[Any], Awaitable[Reply]], addresses: Sequence[str] | None = None
+    ) -> list[Reply]:
+        asked = self._addresses if addresses is None else addresses
+        replies = await asyncio.gather(*(self._ask(address, ask) for address in asked))
         return [reply for reply in replies if reply is not None]
 
     async def _ask(self, address: str, ask: Callable[[Any], Awaitable[Reply]]) -> Reply | None:

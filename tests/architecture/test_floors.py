@@ -24,6 +24,7 @@ FLOOR = {
 ROOMS = {
     "torch": ("kernels/", "model/", "kv/store/", "kv/handover/transports/", "checkpoint/safetensors_files.py"),
     "triton": ("kernels/gpu/", "model/ops/triton_ops.py"),
+    "kubernetes": ("cluster/kubernetes/", "cluster/discovery/endpoint_slices.py"),
     "ray": ("cluster/launch/", "prefill_worker/actor.py", "decode_worker/actor.py", "router/actor.py"),
 }
 # Whole folders, without the files that drive them.
@@ -32,6 +33,7 @@ PURE_FOLDERS = {
     "engine/link": {"client.py", "process_link.py", "rank_link.py", "thread_link.py"},
     "kv/cache": set(),
     "kv/handover": {"driver.py"},
+    "cluster/discovery": {"endpoint_slices.py", "names.py"},
     "cluster/planner": set(),
     "router/requests": {"decision_log.py", "dispatch.py", "flow.py"},
     "router/requests/admission": set(),

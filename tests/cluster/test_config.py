@@ -266,7 +266,7 @@ def test_a_loopback_address_needs_none(host: str):
 def test_a_worker_takes_the_word_from_the_same_setting(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TWOSTROKE__CLUSTER__KEY", "k" * 16)
     seen: list[WorkerSettings] = []
-    monkeypatch.setattr("twostroke.worker.main.run_worker", lambda settings, _: seen.append(settings))
+    monkeypatch.setattr("twostroke.worker.main.run_worker", lambda settings, *_: seen.append(settings))
     members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0")
     members.worker(Role.DECODE, ["127.0.0.1:1"], host="0.0.0.0", insecure=True)
     monkeypatch.setenv("TWOSTROKE__ROUTER__INSECURE", "true")

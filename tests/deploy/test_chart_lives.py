@@ -85,6 +85,39 @@ def cluster(tmp_path: Path):
 
 
 @pytest.mark.timeout(3000)
+def test_routers_that_come_and_go_are_found_by_endpoint_slices_and_find_each_other(cluster: Kube):
+    cluster.make_secret("clients", keys=json.dumps([KEY]), key=KEY)
+    cluster.make_secret("ts-twostroke-cluster-key", key="0123456789abcdef0123456789abcdef")
+    settings = ("--set=discovery.kind=endpointslices,decode.replicas=1", *SETTINGS[1:])
+    cluster.helm("install", "ts", str(CHART), VALUES, *settings, "--set=router.endpointSeconds=1,router.replicas=1")
+    cluster.wait(lambda: cluster.is_ready(router=1, prefill=1, decode=1), "ready pods")
+    everybody = dict.fromkeys(names(cluster.pods("prefill") + cluster.pods("decode")), "live")
+    cluster.wait(lambda: fleets(cluster) == [everybody], "the router's fleet")
+
+    # More routers: every worker tells them, and each knows the others by the names of their pods.
+    cluster.helm("upgrade", "ts", str(CHART), "--reuse-values", "--set=router.replicas=3")
+    cluster.wait(lambda: cluster.is_ready(router=3), "three routers")
+    cluster.wait(lambda: fleets(cluster) == [everybody] * 3, "all fleets")
+    known = lambda: [{each["name"] for each in ask(url, "/v1/cluster")["routers"]} for url in routers(cluster)]  # noqa: E731
+    cluster.wait(lambda: known() == [names(cluster.pods("router"))] * 3, "routers that know each other")
+    made = completion(routers(cluster)[0], PROMPT)
+    told = [ask(url, f"/v1/requests/{made['id']}/explain") for url in routers(cluster)]
+    assert all(each.get("state") == "finished" for each in told), told
+
+    # One goes: the workers and the others forget it, and the rest serves.
+    gone = sorted(names(cluster.pods("router")))[0]
+    cluster.helm("upgrade", "ts", str(CHART), "--reuse-values", "--set=router.replicas=2")
+    cluster.wait(lambda: len(cluster.pods("router")) == 2, "the router's end")
+    cluster.wait(lambda: known() == [names(cluster.pods("router"))] * 2, f"routers that forgot one ({gone})")
+    url = f"http://{cluster.node.address_of('ts-twostroke')}:8000"
+    assert completion(url, PROMPT)["usage"]["completion_tokens"] == 24
+
+    # Nobody asked for more than the chart gives, and nobody looked again and again.
+    assert {plural for verb, plural in cluster.api.calls if verb == "watch"} == {"endpointslices"}
+    assert "403" not in cluster.node.logs()
+
+
+@pytest.mark.timeout(3000)
 def test_install_serve_lose_a_pod_upgrade_roll_back_uninstall(cluster: Kube):
     # Installed without the cluster's key: the notes say how to make it, and the pods wait for it.
     told = cluster.helm("install", "ts", str(CHART), VALUES, *SETTINGS)

@@ -18,6 +18,7 @@ router: {autoscaling: {enabled: true}, tls: {enabled: true, secretName: public}}
 prefill: {autoscaling: {kind: hpa}, extraEnv: [{name: A, value: b}], extraArgs: [--memory-bytes=1000000000]}
 decode: {autoscaling: {kind: keda}}
 combined: {create: true, replicas: 2}
+discovery: {kind: endpointslices}
 apiKeys: {secretName: keys}
 model: {uri: pvc+hf://claim/owner/model, authSecretName: hub}
 rdma: {enabled: true, networks: rail-0}

@@ -6,6 +6,7 @@ import planted_adapters
 import planted_adoption
 import planted_api
 import planted_certificates
+import planted_discovery
 import planted_doors
 import planted_engine
 import planted_gpu
@@ -203,6 +204,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),
     "cluster/deployment/": ("tests/cluster/deployment/test_adoption.py",),
+    "cluster/discovery/": ("tests/cluster/discovery/test_slices.py", "tests/cluster/discovery/test_watching.py"),
     "cluster/devices": ("tests/cluster/test_devices.py",),
     "cluster/planner/": ("tests/cluster/planner/test_law.py",),
     "cluster/operations/room": ("tests/cluster/operations/test_room.py",),
@@ -211,7 +213,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
-    "worker/announcer": ("tests/worker/test_announcer.py", "tests/worker/test_worker_watch.py"),
+    "worker/announcer": (
+        "tests/worker/test_announcer.py",
+        "tests/cluster/discovery/test_endpoint_slices.py",
+        "tests/worker/test_worker_watch.py",
+    ),
     "worker/gpu/nvml": ("tests/worker/gpu/test_nvml.py",),
     "worker/gpu/monitor": ("tests/worker/gpu/test_monitor.py",),
     "worker/gpu/visible": ("tests/worker/gpu/test_visible.py",),
@@ -227,6 +233,7 @@ MUTANTS = [
     *planted_router.MUTANTS,
     *planted_api.MUTANTS,
     *planted_adapters.MUTANTS,
+    *planted_discovery.MUTANTS,
     *planted_doors.MUTANTS,
     *planted_responses.MUTANTS,
     *planted_gpu.MUTANTS,

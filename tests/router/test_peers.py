@@ -14,6 +14,7 @@ import pytest
 from support.clusters.flow_cluster import until
 from support.clusters.several_routers import KEY, KEYS, Routers
 from support.clusters.steady_routers import pair
+from support.fakes.found import Found
 from support.fakes.short_worker import MODEL
 
 from twostroke.client.async_client import AsyncClient
@@ -115,6 +116,28 @@ async def test_a_router_that_joins_others_hears_their_workers_before_clients_com
         await starting
         assert again._flow.is_ready
         await again.stop(0.0)
+
+
+async def test_routers_that_come_and_go_are_asked_while_they_are_found_and_scraped_by_themselves():
+    async with routers() as both:
+        alone = both.settings(0).model_copy(update={"peers": (), "port": 0, "grpc_port": 0, "internal_port": 0})
+        source = Found()
+        process = RouterProcess(alone, KEY, sources=[source])
+        await process.start()
+        assert len(process._front.peers) == 0
+        assert [router["name"] for router in (await process._front.cluster())["routers"]] == [alone.name]
+        source.tell(f"127.0.0.1:{both.inside[1]}")
+        async with asyncio.timeout(30):  # one that answers late is left out
+            while len((told := await process._front.cluster())["routers"]) < 2:
+                await asyncio.sleep(0.05)
+        assert [router["name"] for router in told["routers"]] == [alone.name, "router-1"]
+        text = (await process._front.metrics(""))[0].decode()
+        assert 'twostroke_discovery_addresses{source="found"} 1.0' in text
+        assert 'router="router-1"' not in text, "whoever scrapes finds it as well"
+        source.tell()
+        await until(lambda: not process._front.peers._channels)
+        assert process._front.report()["router"]["num_routers"] == 1
+        await process.stop(0.0)
 
 
 async def test_a_stranger_learns_nothing_from_a_router():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
+from support.clusters.flow_cluster import until
+from support.fakes.ear import KEY, Ear
+from support.fakes.found import Found
 
+from twostroke.core.lease import WORKER_LEASE
 from twostroke.protos import common_pb2
 from twostroke.worker.announcer import Announcer, Retry
 
@@ -43,3 +47,47 @@ async def test_a_router_that_answered_is_tried_again_as_soon_as_a_new_one(monkey
         await over.wait()
     await announcer.leave()
     assert retry.attempts[:8] == [1, 2, 3, 1, 1, 2, 1, 1]
+
+
+class Deaf(Ear):
+    """Answers once, and then no more: its machine is gone, and no packet says so."""
+
+    async def Announce(self, requests, context):
+        async for message in requests:
+            self.heard.append(message)
+            self.changed.set()
+            if len(self.heard) == 1:
+                async for reply in super().Announce(_once(message), context):
+                    yield reply
+
+
+async def _once(message):
+    yield message
+
+
+async def test_a_silent_router_that_no_source_has_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twostroke.worker.announcer.WORKER_LEASE", replace(WORKER_LEASE, beat_s=0.05, silence_s=0.3))
+    deaf = Deaf()
+    server, address = await deaf.listen()
+    source = Found(address)
+    announcer = Announcer([], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(0.02, 0.02), [source])
+    announcer.start()
+    await until(lambda: announcer.num_answering == 1)
+    heard = len(deaf.heard)
+    await until(lambda: len(deaf.heard) > heard + 8)  # silent for longer than that; a source has it, so it may be slow
+    assert announcer.num_answering == 1
+    source.tell()
+    await until(lambda: announcer.num_answering == 0)
+    await until(lambda: not announcer._tasks)
+    await announcer.leave()
+    await server.stop(0)
+
+
+async def test_a_router_that_never_answered_is_given_up_when_its_source_loses_it() -> None:
+    source = Found("127.0.0.1:1")
+    announcer = Announcer([], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(3600.0, 3600.0), [source])
+    announcer.start()
+    await until(lambda: announcer._tasks.keys() == {"127.0.0.1:1"})
+    source.tell("127.0.0.1:2")
+    await until(lambda: announcer._tasks.keys() == {"127.0.0.1:2"})
+    await announcer.leave()

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.clusters.flow_cluster import until
 from support.fakes.ear import KEY, Ear
 
+from twostroke.cluster.discovery.names import Names
 from twostroke.core.inside import InsideChannel
 from twostroke.core.lease import WORKER_LEASE
 from twostroke.core.request import CacheScope, Role
@@ -256,7 +257,6 @@ async def test_a_worker_announces_itself_changes_and_leaves(start_worker):
 
 
 async def test_a_router_at_every_address_of_a_name_is_told_and_one_that_the_name_loses_is_forgotten(monkeypatch):
-    monkeypatch.setattr("twostroke.worker.announcer.LOOKUP_INTERVAL_S", 0.02)
     first, second = Ear(), Ear()
     one, address = await first.listen()
     port = address.rpartition(":")[2]
@@ -270,9 +270,8 @@ async def test_a_router_at_every_address_of_a_name_is_told_and_one_that_the_name
         return [(0, 0, 0, "", (host, port)) for host in found]
 
     monkeypatch.setattr("socket.getaddrinfo", look_up)
-    announcer = Announcer(
-        [], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(first_s=0.02, longest_s=0.02), [f"routers.test.svc:{port}"]
-    )
+    name = Names(f"routers.test.svc:{port}", interval_s=0.02)
+    announcer = Announcer([], common_pb2.WorkerInfo(worker_id="w"), KEY, Retry(first_s=0.02, longest_s=0.02), [name])
     announcer.start()
     await first.until(bool)
     assert not second.heard

@@ -56,9 +56,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- end }}
 
-{{/* DNS name, in our namespace, of all routers, ready or not: a router is ready only when a worker has announced itself. */}}
+{{/* Where all routers are found, ready or not: a router is ready only when a worker has announced itself. */}}
 {{- define "twostroke.routersAt" -}}
+{{- if eq .Values.discovery.kind "endpointslices" -}}
+k8s://{{ include "twostroke.fullname" . }}-routers.{{ .Release.Namespace }}:{{ .Values.ports.internal }}
+{{- else -}}
 {{ include "twostroke.fullname" . }}-routers:{{ .Values.ports.internal }}
+{{- end -}}
 {{- end }}
 
 {{- define "twostroke.clusterKeySecret" -}}

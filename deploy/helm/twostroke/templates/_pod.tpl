@@ -38,8 +38,26 @@ capabilities:
 - {name: TRITON_CACHE_DIR, value: /cache/triton}
 {{- end }}
 
+{{/* The token of the pod's account, for our own container alone: no other one in the pod can use its rights. */}}
+{{- define "twostroke.accountVolume" -}}
+- name: account
+  projected:
+    defaultMode: 288 # 0440
+    sources:
+      - serviceAccountToken: {path: token, expirationSeconds: 3600}
+      - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
+      - downwardAPI: {items: [{path: namespace, fieldRef: {fieldPath: metadata.namespace}}]}
+{{- end }}
+
+{{- define "twostroke.accountMount" -}}
+- {name: account, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
+{{- end }}
+
 {{- define "twostroke.mounts" -}}
 - {name: config, mountPath: /etc/twostroke, readOnly: true}
+{{- if eq .Values.discovery.kind "endpointslices" }}
+{{ include "twostroke.accountMount" . }}
+{{- end }}
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /cache}
 {{- include "twostroke.tlsMount" . }}
@@ -53,6 +71,9 @@ capabilities:
   emptyDir: {}
 - name: cache
   emptyDir: {}
+{{- if eq .Values.discovery.kind "endpointslices" }}
+{{ include "twostroke.accountVolume" . }}
+{{- end }}
 {{- include "twostroke.modelVolume" . }}
 {{- end }}
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from support.deploy.charts import helm
 
-from .api_server import ApiServer, Store
+from .api_server import ApiServer
 from .node import Node
+from .store import Store
 
 MOST_RESTARTS = 3  # of a container, before a wait gives up
 
@@ -24,7 +25,7 @@ class Kube:
         self.store = Store()
         self.api = ApiServer(self.store)
         (folder / "pods").mkdir()
-        self.node = Node(self.store, folder / "pods")
+        self.node = Node(self.store, folder / "pods", self.api.kubeconfig)
         self._folder = folder
         (folder / "kubeconfig").write_text(self.api.kubeconfig())
         (folder / "kubeconfig").chmod(0o600)

@@ -1,7 +1,8 @@
 """A stand-in for everything of Kubernetes behind its API: Deployments become pods, and pods become processes.
 
 Real: commands, arguments, environment with what it refers to, mounted ConfigMaps, init containers, probes, restarts,
-preStop, SIGTERM and the grace, rolling updates, Services that pass connections to ready pods, their DNS names.
+preStop, SIGTERM and the grace, rolling updates, Services that pass connections to ready pods, their DNS names and
+EndpointSlices, the rights of the pods' accounts.
 Not real: pods share this machine's files and network. A mounted path is a folder of the pod, wherever arguments and
 environment name it, and "all addresses" (0.0.0.0) is the pod's own loopback address. No limit is enforced.
 """
@@ -17,6 +18,7 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from .api_server import Object, Store
+from .access import token_of
+from .endpoints import publish
+from .store import Object, Store
 
 ROOT = Path(__file__).resolve().parents[4]
 INSIDE = Path(__file__).parent / "inside"
@@ -59,8 +63,10 @@ class Pod:
 class Node:
     """Controllers, kubelet, kube-proxy and DNS over a store. `start` and `close` from the test's thread."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path, kubeconfig: Callable[[str], str]) -> None:
+        """`kubeconfig`: the text of one for the token of a service account."""
         self.store, self.folder = store, folder
+        self._kubeconfig = kubeconfig
         self.pods: dict[str, Pod] = {}
         self._names = folder / "names.json"
         self._names.write_text("{}")
@@ -96,6 +102,7 @@ class Node:
     async def _run(self) -> None:
         while not self._closing.is_set():
             self._control()
+            publish(self.store, self.pods)
             await self._serve_names()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), TICK_S)
@@ -303,10 +310,15 @@ class Node:
         namespace = wanted["metadata"]["namespace"]
         environment = {each["name"]: self._value(each, wanted, pod, namespace) for each in container.get("env", [])}
         mounts: dict[str, Path] = {}
+        account: dict[str, str] = {}
         for mount in container.get("volumeMounts", []):
             volume = next(each for each in pod.spec["volumes"] if each["name"] == mount["name"])
             folder = mounts[mount["mountPath"]] = pod.folder / volume["name"]
             folder.mkdir(exist_ok=True)
+            if "projected" in volume:  # the account's: where there is a kubeconfig, our processes take it
+                token = token_of(namespace, wanted["spec"]["serviceAccountName"])
+                (folder / "kubeconfig").write_text(self._kubeconfig(token))
+                account = {"KUBECONFIG": str(folder / "kubeconfig")}
             if "configMap" in volume:
                 for file, text in self._read("configmaps", namespace, volume["configMap"]["name"])["data"].items():
                     (folder / file).write_text(text.replace("0.0.0.0", pod.address))
@@ -322,7 +334,7 @@ class Node:
         base = {"PATH": os.environ["PATH"], "STAND_IN_NAMES": str(self._names)}
         paths = {"PYTHONPATH": f"{INSIDE}:{ROOT / 'src'}"}
         settings = {name: here(value) for name, value in environment.items()}
-        return [*PROGRAMS.get(command[0], command[:1]), *command[1:]], base | settings | paths
+        return [*PROGRAMS.get(command[0], command[:1]), *command[1:]], base | settings | paths | account
 
     def _value(self, entry: Object, wanted: Object, pod: Pod, namespace: str) -> str:
         if "value" in entry:
