@@ -219,9 +219,10 @@ async def test_a_router_pod_that_comes_is_announced_to_by_all_workers_and_one_th
     tell(api, "a", hosts[0], ports={"internal": ports[0]})
     at = ServiceAt("k8s://routers.default:internal", "routers", "default", Wanted("internal"))
     retry = Retry(first_s=0.02, longest_s=0.1)
+    sources = [EndpointSlices(at, QUICK) for _ in range(3)]
     announcers = [
-        Announcer([], common_pb2.WorkerInfo(worker_id=f"w{n}"), KEY, retry, [EndpointSlices(at, QUICK)])
-        for n in range(3)
+        Announcer([], common_pb2.WorkerInfo(worker_id=f"w{n}"), KEY, retry, [source])
+        for n, source in enumerate(sources)
     ]
     for announcer in announcers:
         announcer.start()
@@ -242,7 +243,7 @@ async def test_a_router_pod_that_comes_is_announced_to_by_all_workers_and_one_th
         "a", "routers", [endpoint(f"p-{hosts[0]}", hosts[0], terminating=True)], {"internal": ports[0]}
     )
     api.store.put("endpointslices", going)
-    await until(lambda: all(source._sources[0].addresses == {servers[1][1]} for source in announcers))
+    await until(lambda: all(source.addresses == {servers[1][1]} for source in sources))
     heard = len(ears[0].heard)
     await until(lambda: len(ears[0].heard) > heard + 3)
     await servers[0][0].stop(0)
