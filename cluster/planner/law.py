@@ -6,8 +6,9 @@ In this order, one action per decision:
 2. A worker that drained and has no work is stopped.
 3. A role with too few workers gets one of the other's spare ones; where both are short and no worker can be started at
    once, they share what is there.
-4. If the forecast for the end of a start-up needs more than there are, so many are started; none for a time to the
-   first token that one prompt alone misses, and none for a while after a start was refused or failed.
+4. If the forecast for the end of a start-up needs more than there are, so many are started, and as many as min_workers
+   lacks; none for a time to the first token that one prompt alone misses, and none for a while after a start was
+   refused or failed.
 5. If the need, with hysteresis, was lower for a whole cool-down, the surplus is drained.
 
 A change of roles and a change of machines may be under way at the same time, two of one kind may not.
@@ -55,6 +56,15 @@ class Planner:
         """`count` of the workers that the last `Start` named do not come: there is no room, or they do not serve."""
         self._pending.refused(count)
         self._refusal, self._refused_until_s = reason, now_s + self._config.start_up_s
+
+    @property
+    def draining(self) -> tuple[str, ...]:
+        """Workers that were told to drain and are not stopped yet."""
+        return self._pending.draining
+
+    def adopt(self, draining: tuple[str, ...], now_s: float) -> None:
+        """Workers that an earlier planner told to drain: they are stopped when they have no work."""
+        self._pending.drain(draining, now_s)
 
     def refusal(self, now_s: float) -> str:
         """Why no worker can be started at this time; empty: one can."""
@@ -218,7 +228,8 @@ class _Turn:
         if self._pending.changes_machines or self._pending.changes_role or self._refusal:
             return None
         room = self._bounds.most - self.present - self.leaving
-        count = min(room, self.later.total - self.present)
+        fewest = self._bounds.fewest if self._config.max_workers is not None else 0
+        count = min(room, max(self.later.total, fewest) - self.present)
         if count <= 0:
             return None
         roles, have = list[Role](), self.have
@@ -227,6 +238,8 @@ class _Turn:
             role = max(_OTHER, key=lambda each: lacks[each])
             roles.append(role)
             have = have.grown(role)
+        if self.later.total <= self.present:
+            return Start(tuple(roles)), f"{self.present} workers are there, and {fewest} are the fewest"
         return Start(tuple(roles)), (
             f"in {self._config.start_up_s:g} s {self.later.prefill} prefill and {self.later.decode} decode workers are "
             f"needed, and {self.present} are there"

@@ -151,3 +151,16 @@ def test_a_refused_start_is_told_and_tried_again_after_a_start_up() -> None:
             assert "no more come: every GPU has a worker" in said.reason
             assert said.terms.starting == 0
     assert toy.now_s == asked_s + config.start_up_s
+
+
+@pytest.mark.parametrize(("max_workers", "started"), [(5, 2), (None, 0)])
+def test_what_min_workers_lacks_is_started_where_workers_may_be_started(max_workers: int | None, started: int) -> None:
+    config = PlannerConfig(enabled=True, min_workers=4, max_workers=max_workers, start_up_s=20, shrink_cooldown_s=30)
+    toy = Toy(config, prefill=1, decode=1)
+    toy.load(0.1, 10.0)
+    for _ in range(5):
+        toy.second()
+    assert len(toy.starting) == started
+    for _ in range(120):
+        toy.second()
+    assert len(toy.workers) == 2 + started, "and they stay, though fewer would do"
