@@ -80,6 +80,8 @@ def status(
         console.print(line, markup=False)
     if cluster.get("supervisor"):
         console.print(_planner(cluster["supervisor"]), markup=False)
+        for each in pending_of(cluster["supervisor"]):
+            console.print(f"pending: {each}", markup=False)
     remark = without_supervisor(grpc)
     if remark is not None:
         console.print(remark, markup=False, highlight=False, style="yellow")
@@ -114,6 +116,12 @@ def _planner(told: dict[str, Any]) -> str:
     roles = sorted({*told["desired"], *told["actual"]}, reverse=True)
     counts = ", ".join(f"{told['actual'].get(role, 0)} of {told['desired'].get(role, '?')} {role}" for role in roles)
     return f"planner: {counts or 'nothing known yet'}; {told['action']}: {told['reason']} ({told['age_s']:.0f} s ago)"
+
+
+def pending_of(told: dict[str, Any]) -> list[str]:
+    """What the planner has decided and does not see yet, with what hinders it."""
+    decision = told.get("decision")
+    return [str(each) for each in decision.get("pending", ())] if isinstance(decision, dict) else []
 
 
 def _encryption(cluster: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 from support.fakes.scripted_router import router
 
 from twostroke import AsyncClient
-from twostroke.cli.status import models_of, router_problems
+from twostroke.cli.status import models_of, pending_of, router_problems
+from twostroke.cluster.planner.decision import HOLD, Decision
 from twostroke.router.keys.digests import line_for
 from twostroke.router.peers.joined import joined_report
 
@@ -54,3 +55,9 @@ def test_models_and_adapters_have_a_line_with_their_live_workers() -> None:
 
 async def test_a_router_without_workers_names_no_model() -> None:
     assert models_of(await report()) == []
+
+
+def test_what_the_planner_has_decided_and_does_not_see_yet_has_a_line_each() -> None:
+    said = ("decode-1 drains, for 3 s", "ts-decode is to have 1 pod fewer: 403: forbidden")
+    assert pending_of({"decision": Decision(0.0, HOLD, "", pending=said).facts()}) == list(said)
+    assert pending_of({"decision": None}) == pending_of({}) == []
