@@ -7,6 +7,7 @@ Faults: it can be away, forget old versions, fall silent, and refuse the next ca
 
 import json
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -22,8 +23,9 @@ from .store import Object, Store
 class ApiServer:
     """Serves a store on loopback until `close`."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, tls: ssl.SSLContext | None = None) -> None:
+        """`tls`: of a server, for HTTPS."""
+        self.store, self._tls = store, tls
         self.calls: Counter[tuple[str, str]] = Counter()  # verb, plural or plural/subresource
         self.refusals: list[tuple[str, int]] = []  # of the next calls with this verb: the status
         self.horizon = 0  # a watch from a version before this one gets 410
@@ -34,7 +36,7 @@ class ApiServer:
     @property
     def url(self) -> str:
         """Its address."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
 
     def start(self) -> None:
         """Serve, at the same port as before."""
@@ -43,6 +45,8 @@ class ApiServer:
         handler = type("Handler", (_Handler,), {"store": self.store, "api": self, "ending": self.ending})
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
         self._server.daemon_threads = True
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
