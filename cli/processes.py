@@ -1,4 +1,4 @@
-"""`twostroke worker` and `twostroke router`: one process of a cluster, started by the process launcher or in a pod."""
+"""`twostroke worker`, `router` and `planner`: one process of a cluster, started by the process launcher or in a pod."""
 
 from __future__ import annotations
 
@@ -143,6 +143,41 @@ def router(
         sources=sources,
     )
     run_router(process, settings.cluster.drain_timeout_s, parent_pid)
+
+
+def planner(
+    namespace: Annotated[str, typer.Option(help="Namespace of the Deployments and the Lease.")],
+    prefill_deployment: Annotated[str, typer.Option(help="Deployment of the prefill workers.")],
+    decode_deployment: Annotated[str, typer.Option(help="Deployment of the decode workers.")],
+    lease: Annotated[str, typer.Option(help="Lease whose holder acts; it is made if it is missing.")],
+    router: Annotated[
+        list[str] | None, typer.Option(help="host:port where a router takes announcements; repeatable.")
+    ] = None,
+    routers_at: Annotated[
+        list[str] | None, typer.Option(help="name:port or k8s://SERVICE.NAMESPACE:PORT of routers; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this process in the Lease. Default: planner-PID.")] = None,
+    config: o.ConfigFile = None,
+) -> None:
+    """Scale the Deployments of workers by the load, and change workers' roles. Settings: section `planner`.
+
+    The cluster's key is TWOSTROKE__CLUSTER__KEY. The workers' names are those of their pods.
+    """
+    import logging
+    import os
+
+    from ..cluster.discovery.sources import source_of
+    from ..cluster.kubernetes.process import Place, run_planner
+
+    settings = o.config_from({"config": config})
+    check_key(settings)
+    if not router and not routers_at:
+        raise ConfigError("no router is given to ask; give --router HOST:PORT or --routers-at NAME:PORT")
+    sources = [source_of(each, "--routers-at") for each in routers_at or ()]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = {Role.PREFILL: prefill_deployment, Role.DECODE: decode_deployment}
+    place = Place(namespace, names, lease, name or f"planner-{os.getpid()}")
+    run_planner(settings, place, tuple(router or ()), sources)
 
 
 def check_key(settings: Config) -> None:

@@ -64,13 +64,13 @@ def connect() -> Any:
     return client.ApiClient(settings)
 
 
-def answer_of(call: Callable[..., Any], *arguments: Any, **named: Any) -> Object:
-    """What one call of the client answers, as plain JSON.
+def answer_of(call: Callable[..., Any], *arguments: Any, silence_s: float = ANSWER_S, **named: Any) -> Object:
+    """What one call of the client answers, as plain JSON; `silence_s`: the longest within it.
 
     Raises:
         ApiAway, ApiRefused
     """
-    response = opened(call, *arguments, read_s=ANSWER_S, **named)
+    response = opened(call, *arguments, read_s=silence_s, **named)
     try:
         return _object(_read(response))
     finally:

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from ...core.clock import Clock
 from ...core.errors import TwostrokeError
@@ -118,15 +118,7 @@ class Scaler:
 
     async def _report(self, decision: Decision) -> None:
         actual = self._changes.serving_by_role()
-        report = worker_pb2.SupervisorReport(
-            incarnation=self._incarnation,
-            desired={role: max(0, count) for role, count in decision.desired.items()},
-            actual=actual,
-            action=decision.action.name,
-            reason=decision.reason,
-            decision=json.dumps(decision.facts(), default=str),
-            events=self.events,
-        )
+        report = report_of(self._incarnation, decision, actual, self.events)
         try:
             await self._changes.report(report)
         except TwostrokeError as error:
@@ -135,3 +127,18 @@ class Scaler:
     def _tell(self, event: str) -> None:
         self.events.append(event)
         self._say(event)
+
+
+def report_of(
+    incarnation: int, decision: Decision, actual: Mapping[str, int], events: Iterable[str]
+) -> worker_pb2.SupervisorReport:
+    """What the routers are told of a decision. `actual`: workers that serve, by role; `events`: the last ones."""
+    return worker_pb2.SupervisorReport(
+        incarnation=incarnation,
+        desired={role: max(0, count) for role, count in decision.desired.items()},
+        actual=actual,
+        action=decision.action.name,
+        reason=decision.reason,
+        decision=json.dumps(decision.facts(), default=str),
+        events=events,
+    )

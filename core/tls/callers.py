@@ -30,7 +30,7 @@ ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Peers/Follow": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/FindKey": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Peers/Forget": frozenset({Caller.ROUTER}),
-    "/twostroke.v1.Peers/Report": frozenset({Caller.ROUTER}),
+    "/twostroke.v1.Peers/Report": frozenset({Caller.ROUTER, Caller.OPERATOR}),
     "/twostroke.v1.Peers/Metrics": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Announce/Report": frozenset({Caller.OPERATOR}),
     "/twostroke.v1.Worker/Session": frozenset({Caller.ROUTER}),

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from twostroke.checkpoint.config import ModelConfig
+from twostroke.cluster.planner.config import PlannerConfig
 from twostroke.engine.config import SpeculationConfig, StepConfig
 from twostroke.kv.config import CacheConfig
 from twostroke.router.config import RouterConfig
@@ -70,6 +71,7 @@ class Settings(Values):
             *("name", "shared_ports", "peers_at", "operator_key", "ssl_certfile", "ssl_keyfile"),
         },
     ) = Field(default_factory=dict)
+    planner: _config_section(PlannerConfig, without={"enabled"}) = Field(default_factory=dict)  # type: ignore[valid-type]
 
 
 class Image(Values):
@@ -95,6 +97,7 @@ class Tls(Values):
     enabled: bool = False
     routerSecretName: str = ""
     workerSecretName: str = ""
+    operatorSecretName: str = ""
     certManager: CertManager = CertManager()
 
 
@@ -340,6 +343,17 @@ class Tests(Values):
     enabled: bool = True
 
 
+class Planner(Values):
+    enabled: bool = False
+    resources: Object = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}}
+    nodeSelector: Labels = {}
+    tolerations: list[Object] = []
+    affinity: Object = {}
+    priorityClassName: str = ""
+    podAnnotations: Labels = {}
+    podLabels: Labels = {}
+
+
 class Discovery(Values):
     kind: Literal["dns", "endpointslices"] = "dns"
 
@@ -380,6 +394,7 @@ class Chart(Values):
         autoscaling=RoleAutoscaling(target="700m"),
     )
     ray: Ray = Ray()
+    planner: Planner = Planner()
     disaggregatedSet: DisaggregatedSet = DisaggregatedSet()
     keda: Keda = Keda()
     monitoring: Monitoring = Monitoring()

@@ -57,7 +57,7 @@ class Peers:
         self._searches: list[asyncio.Task[None]] = []
 
     def __len__(self) -> int:
-        return len(self._addresses)
+        return len(self.addresses)
 
     @property
     def num_scraped_here(self) -> int:
@@ -65,7 +65,8 @@ class Peers:
         return len(self._fixed)
 
     @property
-    def _addresses(self) -> tuple[str, ...]:
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of all that are known now."""
         found = frozenset[str]().union(*(source.addresses for source in self._sources))
         return (*self._fixed, *sorted(found.difference(self._fixed)))
 
@@ -77,7 +78,7 @@ class Peers:
         """Close the connections to routers that are gone."""
         async with contextlib.aclosing(source.follow()) as changes:
             async for _ in changes:
-                gone = [address for address in self._channels if address not in self._addresses]
+                gone = [address for address in self._channels if address not in self.addresses]
                 for address in gone:
                     await self._channels.pop(address).close()
 
@@ -145,7 +146,7 @@ class Peers:
 
     async def _begun(self, asked: peers_pb2.PeerRequest) -> _Begun | None:
         """A request as the first router that has it begins to tell it; None: no router has it."""
-        begun = await asyncio.gather(*(self._begin(address, asked) for address in self._addresses))
+        begun = await asyncio.gather(*(self._begin(address, asked) for address in self.addresses))
         found = [one for one in begun if one is not None]
         for other in found[1:]:
             other.call.cancel()
@@ -177,7 +178,7 @@ class Peers:
     async def _ask_all(
         self, ask: Callable[[Any], Awaitable[Reply]], addresses: Sequence[str] | None = None
     ) -> list[Reply]:
-        asked = self._addresses if addresses is None else addresses
+        asked = self.addresses if addresses is None else addresses
         replies = await asyncio.gather(*(self._ask(address, ask) for address in asked))
         return [reply for reply in replies if reply is not None]
 

@@ -65,6 +65,8 @@ PURE_FILES = (
     "cluster/catalogue.py",
     "cluster/devices.py",
     "cluster/fit.py",
+    "cluster/kubernetes/lease.py",
+    "cluster/kubernetes/owed.py",
     "cluster/nodes.py",
     "cluster/operations/rolling.py",
     "cluster/operations/room.py",

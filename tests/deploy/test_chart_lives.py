@@ -114,7 +114,7 @@ def test_routers_that_come_and_go_are_found_by_endpoint_slices_and_find_each_oth
 
     # Nobody asked for more than the chart gives, and nobody looked again and again.
     assert {plural for verb, plural in cluster.api.calls if verb == "watch"} == {"endpointslices"}
-    assert "403" not in cluster.node.logs()
+    assert "403: " not in cluster.node.logs()
 
 
 @pytest.mark.timeout(3000)

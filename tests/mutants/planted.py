@@ -205,6 +205,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),
     "cluster/deployment/": ("tests/cluster/deployment/test_adoption.py",),
     "cluster/discovery/": ("tests/cluster/discovery/test_slices.py", "tests/cluster/discovery/test_watching.py"),
+    "cluster/kubernetes/": (
+        "tests/cluster/kubernetes/test_lease.py",
+        "tests/cluster/kubernetes/test_owed.py",
+        "tests/cluster/kubernetes/test_arm.py",
+    ),
     "cluster/devices": ("tests/cluster/test_devices.py",),
     "cluster/planner/": ("tests/cluster/planner/test_law.py",),
     "cluster/operations/room": ("tests/cluster/operations/test_room.py",),

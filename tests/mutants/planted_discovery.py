@@ -1,9 +1,10 @@
-"""Mutants of how processes find each other in Kubernetes."""
+"""Mutants of how processes find each other in Kubernetes, and of the planner there."""
 
 from __future__ import annotations
 
 from mutant import Mutant
 
+LEASE, OWED = "cluster/kubernetes/lease.py", "cluster/kubernetes/owed.py"
 SLICES, WATCHING = "cluster/discovery/slices.py", "cluster/discovery/watching.py"
 
 MUTANTS = [
@@ -31,5 +32,18 @@ MUTANTS = [
     Mutant(WATCHING, "self._failures += 1", "self._failures = 1"),
     Mutant("cluster/discovery/outage.py", "if not at_once and now_s", "if now_s"),
     Mutant("cluster/discovery/outage.py", "        self._said_at_s = now_s\n", ""),
+    Mutant(LEASE, "now_s - self._renewed_at_s < self.timing.renew_by_s", "True"),
+    Mutant(
+        LEASE, "        if record.version != self._seen[0]:\n            self._seen = (record.version, now_s)\n", ""
+    ),
+    Mutant(LEASE, "        self._renewed_at_s = None\n        if not record.holder", "        if not record.holder"),
+    Mutant(LEASE, "not record.holder or now_s", "now_s"),
+    Mutant(LEASE, "self._seen[1] > record.duration_s", "self._seen[1] > self.timing.renew_by_s"),
+    Mutant(OWED, "            del self._debts[role]\n            return debt.count", "            return debt.count"),
+    Mutant(OWED, "if now_s >= debt.due_s", "if debt.count"),
+    Mutant(OWED, "max(found, key=lambda role: len(names[role]), default=None)", "found[0] if found else None"),
+    Mutant("cluster/kubernetes/objects.py", "if error.status != CONFLICT or not left:", "if True:"),
+    Mutant("cluster/kubernetes/arm.py", "            self._ended.add(action.worker)\n", ""),
+    Mutant("cluster/kubernetes/arm.py", "        if self._problems.get(what) != problem:", "        if True:"),
     Mutant("worker/announcer.py", "silent_s > WORKER_LEASE.silence_s and not", "not"),
 ]

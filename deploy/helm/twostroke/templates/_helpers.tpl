@@ -82,6 +82,22 @@ k8s://{{ include "twostroke.fullname" . }}-routers.{{ .Release.Namespace }}:{{ .
 {{- if not (or .Values.decode.create .Values.combined.create) -}}
 {{- fail "decode.create and combined.create are false: no worker would decode; set one of them" -}}
 {{- end -}}
+{{- if .Values.planner.enabled -}}
+{{- if ne .Values.mode "deployments" -}}
+{{- fail (printf "planner.enabled is true in mode %s; the planner scales Deployments: use mode deployments" .Values.mode) -}}
+{{- end -}}
+{{- if not (and .Values.prefill.create .Values.decode.create) -}}
+{{- fail "planner.enabled is true, and it plans prefill and decode workers; set prefill.create and decode.create" -}}
+{{- end -}}
+{{- if ne (int .Values.prefill.parallelism.tensor) (int .Values.decode.parallelism.tensor) -}}
+{{- fail (printf "planner.enabled is true, prefill.parallelism.tensor is %v and decode.parallelism.tensor %v; a worker keeps its ranks when its role changes: give both the same" .Values.prefill.parallelism.tensor .Values.decode.parallelism.tensor) -}}
+{{- end -}}
+{{- range $role := list "prefill" "decode" -}}
+{{- if ne (index $.Values $role).autoscaling.kind "none" -}}
+{{- fail (printf "planner.enabled is true and %s.autoscaling.kind is %s; two owners of a number of pods would fight: set it to none" $role (index $.Values $role).autoscaling.kind) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.mode "disaggregatedset") (lt (len $roles) 2) -}}
 {{- fail "mode disaggregatedset needs two roles at least; create prefill and decode, or use mode deployments" -}}
 {{- end -}}
