@@ -16,6 +16,7 @@ from .config_fields import Fields, read_json
 from .families import FAMILIES
 from .gguf.config import read_config
 from .gguf.file import is_gguf
+from .hybrid_families import NESTED, text_part
 from .layout import EMBEDDING, HEAD
 from .quantised.plan import config_keys, find_plan, method_of
 from .safetensors_files import differ
@@ -63,8 +64,10 @@ def load_spec(path: Path) -> ModelSpec:
 
 def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ModelSpec:
     """Make the spec from values already read. `where` names the checkpoint in errors."""
-    fields, more = Fields(config, where), Fields(generation, where)
     names = config.get("architectures") or [f"(none; model_type {config.get('model_type')!r})"]
+    if names[0] in NESTED:
+        config = text_part(config, where)
+    fields, more = Fields(config, where), Fields(generation, where)
     if names[0] not in FAMILIES:
         raise CheckpointError(f"{where}: architecture {names[0]} is not served; {_remedy(config)}")
     keys = config_keys(config, where)
@@ -82,6 +85,8 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
     eos_ids, remarks = _ends(fields.ids("eos_token_id") + more.ids("eos_token_id"), vocab_size, where)
     if dtype == "float16":
         remarks += ("float16 weights count as bfloat16, which rounds them; model.dtype: float32 keeps them",)
+    if names[0] in NESTED:
+        remarks += ("its vision part is not loaded: it answers texts, and refuses images",)
     ropes = (family.rope.spec,) + ((family.local_rope.spec,) if family.local_rope else ())
     return ModelSpec(
         architecture=names[0],
@@ -99,7 +104,7 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any], w
         dtype="float32" if dtype == "float32" else "bfloat16",
         remarks=remarks,
         extra_layers=family.extra_layers,
-        **(family.gemma or {}),
+        **(family.gemma or family.hybrid or {}),
     )
 
 

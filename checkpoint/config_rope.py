@@ -26,6 +26,11 @@ _LONGEST = {
     "Qwen3MoeForCausalLM": 32768,
     "DeepseekV3ForCausalLM": 4096,
     "GptOssForCausalLM": 131072,
+    "Qwen3NextForCausalLM": 32768,
+    "Qwen3_5ForCausalLM": 32768,
+    "Qwen3_5ForConditionalGeneration": 32768,
+    "Qwen3_5MoeForCausalLM": 32768,
+    "Qwen3_5MoeForConditionalGeneration": 32768,
 }
 
 

@@ -30,6 +30,7 @@ from .family_parts import (
     sparse_layers,
     windows_of,
 )
+from .hybrid_families import qwen3_5, qwen3_5_moe, qwen3_next
 from .spec import DenseFfn, ExpertsFfn, LayerSpec, Routing
 
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -242,6 +243,11 @@ FAMILIES: dict[str, Callable[[Fields], Family]] = {
     "MixtralForCausalLM": mixtral,
     "Qwen2MoeForCausalLM": qwen2_moe,
     "Qwen3MoeForCausalLM": qwen3_moe,
+    "Qwen3NextForCausalLM": qwen3_next,
+    "Qwen3_5ForCausalLM": qwen3_5,
+    "Qwen3_5ForConditionalGeneration": qwen3_5,
+    "Qwen3_5MoeForCausalLM": qwen3_5_moe,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe,
     "DeepseekV2ForCausalLM": deepseek_v2,
     "DeepseekV3ForCausalLM": deepseek_v3,
     "GptOssForCausalLM": gpt_oss,

@@ -34,6 +34,7 @@ class Family:
     rms_eps: float = 1e-6  # default if the config has none
     local_rope: Rope | None = None  # for layers with rope = 1
     gemma: dict[str, Any] | None = None  # fields of ModelSpec that only Gemma sets
+    hybrid: dict[str, Any] | None = None  # those that only models with recurrent layers set
     extra_layers: int = 0
 
 
@@ -52,6 +53,7 @@ def plain_attention(
     qkv_bias: bool = False,
     output_bias: bool = False,
     head_norms: bool = False,
+    output_gate: bool = False,
 ) -> PlainAttention:
     """Read grouped-query attention. `head_dim`: default if the config has none; else hidden_size / heads."""
     num_heads = config.count("num_attention_heads")
@@ -70,6 +72,7 @@ def plain_attention(
         qkv_bias=qkv_bias,
         output_bias=output_bias,
         head_norms=head_norms,
+        output_gate=output_gate,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from .spec import (
     DTYPE_BYTES,
+    DeltaNet,
     DenseFfn,
     DType,
     ExpertsFfn,
@@ -43,6 +44,7 @@ class LayerLayout:
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
     vectors: dict[str, tuple[str, int]] = field(default_factory=dict)
+    tables: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # (full name, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,13 @@ class _Names:
     shared: str = "shared_experts"
 
 
+_QWEN = _Names(shared="shared_expert")
 _EXPERT_NAMES = {
     "MixtralForCausalLM": _Names("block_sparse_moe", gate="w1", up="w3", down="w2"),
-    "Qwen2MoeForCausalLM": _Names(shared="shared_expert"),
+    "Qwen2MoeForCausalLM": _QWEN,
+    "Qwen3NextForCausalLM": _QWEN,
+    "Qwen3_5MoeForCausalLM": _QWEN,
+    "Qwen3_5MoeForConditionalGeneration": _QWEN,
     "GptOssForCausalLM": _Names(router="router"),
 }
 
@@ -76,7 +82,10 @@ def layer_layout(spec: ModelSpec, index: int, present: Container[str]) -> LayerL
         }
     for ours, theirs in norms.items():
         layout.vectors[ours] = (f"{at}{theirs}.weight", spec.hidden_size)
-    if isinstance(spec.attention, LatentAttention):
+    if spec.layers[index].mixer == "delta":
+        assert spec.delta is not None
+        _delta(layout, spec.delta, spec.hidden_size, at + "linear_attn.", present)
+    elif isinstance(spec.attention, LatentAttention):
         _latent(layout, spec.attention, spec.hidden_size, at + "self_attn.")
     else:
         _plain(layout, spec.attention, spec.hidden_size, at + "self_attn.", present)
@@ -90,7 +99,9 @@ def layer_layout(spec: ModelSpec, index: int, present: Container[str]) -> LayerL
 
 def _plain(layout: LayerLayout, a: PlainAttention, hidden: int, at: str, present: Container[str]) -> None:
     q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    parts: tuple[tuple[str, int], ...] = ((at + "q_proj", q_size), (at + "k_proj", kv_size), (at + "v_proj", kv_size))
+    # With a gate, each query head's rows are followed by those of its gate.
+    q_rows = 2 * q_size if a.output_gate else q_size
+    parts: tuple[tuple[str, int], ...] = ((at + "q_proj", q_rows), (at + "k_proj", kv_size), (at + "v_proj", kv_size))
     if at + "qkv_proj.weight" in present:
         parts = ((at + "qkv_proj", q_size + 2 * kv_size),)
     layout.matrices["qkv"] = Matrix(parts, hidden, a.qkv_bias)
@@ -101,6 +112,23 @@ def _plain(layout: LayerLayout, a: PlainAttention, hidden: int, at: str, present
         )
     if a.sinks:
         layout.vectors["sinks"] = (at + "sinks", a.num_heads)
+
+
+def _delta(layout: LayerLayout, d: DeltaNet, hidden: int, at: str, present: Container[str]) -> None:
+    """Tensors of a gated delta net. Qwen3-Next joins the projections of each key head: weights.py takes them apart."""
+    if at + "in_proj_qkvz.weight" in present:
+        layout.matrices["input"] = Matrix(((at + "in_proj_qkvz", d.conv_width + d.values_width),), hidden)
+        layout.matrices["rates"] = Matrix(((at + "in_proj_ba", 2 * d.num_value_heads),), hidden, exact=True)
+    else:
+        parts = ((at + "in_proj_qkv", d.conv_width), (at + "in_proj_z", d.values_width))
+        layout.matrices["input"] = Matrix(parts, hidden)
+        rates = ((at + "in_proj_b", d.num_value_heads), (at + "in_proj_a", d.num_value_heads))
+        layout.matrices["rates"] = Matrix(rates, hidden, exact=True)
+    layout.matrices["output"] = Matrix(((at + "out_proj", hidden),), d.values_width)
+    layout.vectors["decay"] = (at + "A_log", d.num_value_heads)
+    layout.vectors["step_bias"] = (at + "dt_bias", d.num_value_heads)
+    layout.vectors["delta_norm"] = (at + "norm.weight", d.value_width)
+    layout.tables["taps"] = (at + "conv1d.weight", (d.conv_width, 1, d.num_taps))
 
 
 def _latent(layout: LayerLayout, a: LatentAttention, hidden: int, at: str) -> None:
@@ -155,6 +183,7 @@ def expected_shapes(spec: ModelSpec, present: Container[str] = ()) -> dict[str, 
     for index in range(spec.num_layers):
         layout = layer_layout(spec, index, present)
         shapes |= {name: (width,) for name, width in layout.vectors.values()}
+        shapes |= dict(layout.tables.values())
         for matrix in layout.matrices.values():
             for name, rows in matrix.parts:
                 shapes[name + ".weight"] = (rows, matrix.columns)
@@ -170,8 +199,10 @@ def is_ignored(spec: ModelSpec, name: str) -> bool:
     """Return whether a checkpoint may contain this tensor although the decoder does not use it.
 
     Old exports contain rotary frequencies and tied heads, which are redundant; others contain layers for multi-token
-    prediction.
+    prediction, or a vision part.
     """
+    if name.startswith(spec.ignored):
+        return True
     if name.endswith("rotary_emb.inv_freq") or (name == HEAD and spec.tied_embeddings):
         return True
     extra = range(spec.num_layers, spec.num_layers + spec.extra_layers)

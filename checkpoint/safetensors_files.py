@@ -1,4 +1,8 @@
-"""Finds, checks, maps and fingerprints the safetensors files of a checkpoint. Never unpickles."""
+"""Finds, checks, maps and fingerprints the safetensors files of a checkpoint. Never unpickles.
+
+Names are those of a text model alone: `model.language_model.`, as checkpoints with a vision part begin their names, is
+read as `model.`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ _QUANTISED = (*_FLOATS, "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32
 QUANTISATION_FILE = "hf_quant_config.json"  # of ModelOpt; says what stored tensors mean
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK_BYTES = 4 << 20
+_NESTED, _PLAIN = "model.language_model.", "model."
 
 
 class SafetensorsFiles:
@@ -38,6 +43,7 @@ class SafetensorsFiles:
         self._directory = directory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._path_by_name: dict[str, Path] = {}
+        self._stored_by_name: dict[str, str] = {}  # name in its file
         self._handles: dict[Path, Any] = {}
         served = _QUANTISED if quantised else _FLOATS
         for path in checkpoint_files(directory):
@@ -50,6 +56,7 @@ class SafetensorsFiles:
                     raise CheckpointError(_not_served(path, name, entry["dtype"], served))
                 self._shapes[name] = tuple(entry["shape"])
                 self._path_by_name[name] = path
+                self._stored_by_name[name] = entry["stored_as"]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
@@ -61,7 +68,7 @@ class SafetensorsFiles:
         try:
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            tensor: Tensor = self._handles[path].get_tensor(name)
+            tensor: Tensor = self._handles[path].get_tensor(self._stored_by_name[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({error}); fetch the file again") from None
         return tensor
@@ -176,6 +183,8 @@ def _indexed_files(index_file: Path) -> tuple[Path, ...]:
 def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
     """Read the header of a safetensors file, raw and parsed, and check the file's length against it.
 
+    Parsed, it has the text model's names; `stored_as` is a tensor's name in the file.
+
     Raises:
         CheckpointError: the file is truncated or no safetensors.
     """
@@ -188,12 +197,17 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
+        header = {_text_name(name): {**entry, "stored_as": name} for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error!r}); fetch it again") from None
     if size != 8 + length + end:
         raise CheckpointError(f"{path} has {size} bytes where its header asks for {8 + length + end}; fetch it again")
     return raw, header
+
+
+def _text_name(name: str) -> str:
+    return _PLAIN + name.removeprefix(_NESTED) if name.startswith(_NESTED) else name
 
 
 def safetensors_fingerprint(directory: Path) -> bytes:

@@ -78,6 +78,11 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> RankSpec:
     """
     if shard.size == 1:
         return RankSpec(spec, shard, spec)
+    if spec.delta is not None:
+        raise ConfigError(
+            f"{spec.architecture} has recurrent layers, which are not split over {shard.size} tensor-parallel ranks in "
+            "this release; use tensor_parallel_size 1"
+        )
     sizes = group_sizes(spec)
     if shard.size not in sizes:
         raise ConfigError(
@@ -97,6 +102,8 @@ def shard_spec(spec: ModelSpec, shard: Shard) -> RankSpec:
 def group_sizes(spec: ModelSpec) -> tuple[int, ...]:
     """Sizes of tensor-parallel groups over which the heads of a model can be split, ascending."""
     attention = spec.attention
+    if spec.delta is not None:
+        return (1,)
     kv_heads = attention.num_kv_heads if isinstance(attention, PlainAttention) else 1
     divisors = (size for size in range(1, attention.num_heads + 1) if attention.num_heads % size == 0)
     return tuple(size for size in divisors if kv_heads % size == 0 or size % kv_heads == 0)

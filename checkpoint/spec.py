@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..kv.spec import CODEC_NAMES, KvSpec, attention_spec, mla_spec
+from ..kv.spec import CODEC_NAMES, KvSpec, StateSpec, attention_spec, mla_spec
 
 DType = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
@@ -60,6 +60,7 @@ class PlainAttention:
     output_bias: bool = False
     head_norms: bool = False  # queries and keys are normalised per head, before rotation
     sinks: bool = False  # each head has a score that takes part in its softmax, without a value
+    output_gate: bool = False  # a gate per query head, of the same width, scales the output by its sigmoid
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,35 @@ class LatentAttention:
     interleaved: bool
     bias: bool = False  # bias of both down-projections and of the output
     norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Gated delta net: linear attention with a matrix per head as its memory; model/decoder/delta.py defines it.
+
+    Each key head serves num_value_heads / num_key_heads neighbouring value heads.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_width: int
+    value_width: int
+    num_taps: int  # inputs of the causal convolution: the token's own and those just before it
+
+    @property
+    def keys_width(self) -> int:
+        """Numbers per token of all queries, or of all keys."""
+        return self.num_key_heads * self.key_width
+
+    @property
+    def values_width(self) -> int:
+        """Numbers per token of all values, of the gates, or of the output."""
+        return self.num_value_heads * self.value_width
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.keys_width + self.values_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +150,7 @@ class LayerSpec:
     ffn: DenseFfn | ExpertsFfn
     window: int | None = None
     rope: int = 0  # index of ModelSpec.ropes
+    mixer: Literal["attention", "delta"] = "attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +176,40 @@ class ModelSpec:
     final_softcap: float | None = None
     head_rows: int | None = None  # rows of the head on one TP rank (shards.py); None: vocab_size
     extra_layers: int = 0  # layers for multi-token prediction after the decoder's; not loaded
+    delta: DeltaNet | None = None  # of the layers whose mixer it is
+    ignored: tuple[str, ...] = ()  # beginnings of names of tensors that the text model does not use
     remarks: tuple[str, ...] = field(default=(), compare=False)  # notes for users on differences from the config
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
+
+    @property
+    def cache_layers(self) -> tuple[int | None, ...]:
+        """Per layer: its number among the layers of its mixer that have keys and values. None: it has none."""
+        attends = [layer.mixer == "attention" for layer in self.layers]
+        return tuple(sum(attends[:i]) if has else None for i, has in enumerate(attends))
+
+    @property
+    def state_layers(self) -> tuple[int | None, ...]:
+        """Per layer: its number among the layers that have a recurrent state. None: it has none."""
+        recurs = [layer.mixer == "delta" for layer in self.layers]
+        return tuple(sum(recurs[:i]) if has else None for i, has in enumerate(recurs))
+
+    @property
+    def state_spec(self) -> StateSpec | None:
+        """Recurrent state of a sequence; None: the model has none."""
+        if self.delta is None:
+            return None
+        return StateSpec(
+            num_layers=sum(layer.mixer == "delta" for layer in self.layers),
+            num_taps=self.delta.num_taps - 1,
+            conv_width=self.delta.conv_width,
+            num_heads=self.delta.num_value_heads,
+            key_width=self.delta.key_width,
+            value_width=self.delta.value_width,
+        )
 
     @property
     def length_matters(self) -> bool:
@@ -160,6 +219,7 @@ class ModelSpec:
     def kv_spec(self, codec: str) -> KvSpec:
         """Layout of one token in the KV cache. `codec`: a value of `--kv-cache-dtype` other than auto."""
         shape, codec_id = self.attention, CODEC_NAMES[codec]
+        num_layers = sum(layer.mixer == "attention" for layer in self.layers)
         if isinstance(shape, LatentAttention):
-            return mla_spec(self.num_layers, shape.latent_width, shape.rope_width, codec_id)
-        return attention_spec(self.num_layers, shape.num_kv_heads, shape.head_dim, codec_id)
+            return mla_spec(num_layers, shape.latent_width, shape.rope_width, codec_id)
+        return attention_spec(num_layers, shape.num_kv_heads, shape.head_dim, codec_id)

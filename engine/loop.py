@@ -245,15 +245,15 @@ class Engine:
     def _one_by_one(self, plan: StepPlan) -> StepResult | None:
         """Repeat a failed step one sequence at a time, to find the sequences that fail. None: all of them fail.
 
-        The repetition overwrites the KV that the failed step has stored, with the same bits.
+        The repetition overwrites the KV and the states that the failed step has stored, with the same bits.
         """
         if len(plan.sequences) == 1:
             return None
         results: list[StepResult] = []
         failed: dict[SequenceKey, str] = {}
-        for step in plan.sequences:
+        for index, step in enumerate(plan.sequences):
             try:
-                results.append(self._runner.run(StepPlan(plan.step, (step,))))
+                results.append(self._runner.run(plan.alone(index)))
             except RankLost:
                 raise
             except Exception as error:

@@ -29,6 +29,17 @@ class History(NamedTuple):
     output_ids: tuple[int, ...]
 
 
+class StateMove(NamedTuple):
+    """States that a sequence's rows read and write, of a model that has recurrent layers. Places in the state store.
+
+    The state read is never one that is written, so a step may be repeated.
+    """
+
+    source: int  # covers `SequenceStep.start` tokens; 0: covers none
+    target: int  # receives the state after the last row
+    marks: tuple[tuple[int, int], ...] = ()  # (rows, place): receives the state after so many rows, ascending
+
+
 class SequenceStep(NamedTuple):
     """Work of one sequence in one step: compute `token_ids` at positions `start` …, then sample if `samples`.
 
@@ -71,11 +82,16 @@ class StepPlan:
 
     step: int
     sequences: tuple[SequenceStep, ...]
+    states: tuple[StateMove, ...] = ()  # of each sequence, if the model has recurrent layers
 
     @property
     def num_tokens(self) -> int:
         """Number of rows of the batch."""
         return sum(sequence.num_tokens for sequence in self.sequences)
+
+    def alone(self, index: int) -> StepPlan:
+        """The same step of one sequence."""
+        return StepPlan(self.step, (self.sequences[index],), self.states[index : index + 1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,27 @@ class KvSpec:
         return hashlib.blake2b(repr(self).encode(), digest_size=16).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """Layout of the recurrent state of one sequence: of constant size, float32, whatever the sequence's length.
+
+    Per layer with a state: the last inputs of its convolution, and a matrix per head.
+    """
+
+    num_layers: int
+    num_taps: int  # inputs that are kept
+    conv_width: int
+    num_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one state."""
+        per_layer = self.num_taps * self.conv_width + self.num_heads * self.key_width * self.value_width
+        return 4 * self.num_layers * per_layer
+
+
 def rank_heads(num_heads: int, rank: int, size: int) -> range:
     """KV heads of one of `size` TP ranks. One of the two numbers must be a multiple of the other.
 

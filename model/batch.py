@@ -14,6 +14,7 @@ from ..core.errors import InternalError
 from ..engine.plan import StepPlan
 from ..kv.block import BlockId
 from .adapters.loaded import AdapterRows, LoadedAdapter
+from .ops.delta_spans import DeltaSpans, StateSpan
 from .ops.seam import Ops, Span
 from .ops.upload import upload
 
@@ -35,6 +36,7 @@ class StepBatch:
     sample_rows: Sequence[int]  # row from which each of these samples; padded to `ops.row_multiple`
     read_rows: Sequence[int]  # ascending: rows read after the last layer; the others may hold anything
     adapters: Sequence[AdapterRows] = ()  # rows with an adapter; no row has two
+    deltas: DeltaSpans | None = None  # for recurrent layers; None: the model has none, or the step writes nothing
 
     def spoken(self, rows: Tensor) -> Tensor:
         """Select the sampled rows from `rows` [num_rows, ...], in order of `sampled`, then padding."""
@@ -112,7 +114,15 @@ def build_batch(plan: StepPlan, token_ids: Sequence[Sequence[int]], block_tokens
         sampled=sampled,
         sample_rows=last_rows,
         read_rows=read_rows,
+        deltas=_deltas(plan, first_rows, rows + spare, ops),
     )
+
+
+def _deltas(plan: StepPlan, first_rows: Sequence[int], num_rows: int, ops: Ops) -> DeltaSpans | None:
+    if not plan.states:
+        return None
+    works = zip(first_rows, plan.sequences, plan.states, strict=True)
+    return DeltaSpans.of([StateSpan(row, step.num_tokens, *state) for row, step, state in works], num_rows, ops.device)
 
 
 def _ahead(table: Sequence[BlockId], index: int, block_tokens: int) -> int:

@@ -14,6 +14,7 @@ from ..checkpoint.safetensors_files import checkpoint_files
 from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.spec import DType, Quantization
 from ..kernels.cpu import library as native
+from ..kv.store.states import StateStore
 from ..kv.store.store import KvStore
 from .ops.device import chosen_kernels, describe_device
 from .ops.native_ops import NativeOps
@@ -41,6 +42,7 @@ class RunnerOptions:
     gpu: int = 0  # index of the GPU
     samples: bool = True  # False: for a tensor-parallel rank whose tokens nobody reads
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
+    num_states: int = 0  # of a model with recurrent layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,15 @@ def load_runner(model: ResolvedModel, options: RunnerOptions, collectives: Colle
     rank = shard_spec(model.spec, Shard(collectives.rank, collectives.size))
     weights = load_weights(cut_source(open_source(directory), rank), rank.local, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    store = KvStore(rank.kv_spec(model.codec), options.num_blocks, options.block_tokens, device, options.digest_key)
+    state_spec = rank.local.state_spec
+    store = KvStore(
+        rank.kv_spec(model.codec),
+        options.num_blocks,
+        options.block_tokens,
+        device,
+        options.digest_key,
+        states=None if state_spec is None else StateStore(state_spec, options.num_states, device),
+    )
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
     return Runner(
         rank.local,

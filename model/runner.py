@@ -116,6 +116,7 @@ class Runner:
         assert self._decoder is not None
         if not plan.sequences:
             return self._remember(StepResult(plan.step, ()))
+        self._check_states(plan)
         ids = [self._resolve(step) for step in plan.sequences]
         if self._masks is not None and self._samples:
             self._masks.begin(plan)
@@ -126,6 +127,7 @@ class Runner:
             spoken = self._sample(plan, batch, hidden.rows, bad, last)
         _drop_non_finite_drafts(plan, batch, hidden, spoken)
         self._seal(plan, spoken.tokens, bad)
+        self._note_states(plan)
         result = StepResult(
             plan.step,
             tuple(spoken.tokens),
@@ -185,6 +187,21 @@ class Runner:
             )
         take = None if self._masks is None else self._masks.take
         return self._sampler.run(plan, batch, rows, bad, last, take_masks=take)
+
+    def _check_states(self, plan: StepPlan) -> None:
+        """Check that each recurrent state covers the tokens before its step. Raises InternalError: it does not."""
+        if self.store.states is None:
+            return
+        assert len(plan.states) == len(plan.sequences), "the model has recurrent layers, and a sequence has no state"
+        for step, state in zip(plan.sequences, plan.states, strict=True):
+            assert not step.draft_ids, f"{step.key} has drafts, and a state cannot go back"
+            self.store.states.check(state.source, step.start)
+
+    def _note_states(self, plan: StepPlan) -> None:
+        if self.store.states is not None:
+            for step, state in zip(plan.sequences, plan.states, strict=True):
+                marks = [(place, step.start + rows) for rows, place in state.marks]
+                self.store.states.note([*marks, (state.target, step.end)])
 
     def _seal(self, plan: StepPlan, tokens: Sequence[tuple[int, ...]], bad: set[SequenceKey]) -> None:
         """Seal what the step has finished. Of drafts those that were accepted: all of `tokens` but the last one."""

@@ -97,6 +97,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     directory = Path(settings.model_directory)
     resolved = resolve(directory, settings.model, settings.cache.dtype, kind, built_library)
+    if resolved.spec.delta is not None:
+        raise ConfigError(f"{resolved.spec.architecture} has recurrent layers, and the engine keeps no states yet")
     sized = _sized(settings, resolved)
     step, cache, pool_size = sized.step, sized.cache, sized.pool
     tokenizer = Tokenizer.load(directory)

@@ -30,6 +30,7 @@ from .sealer import Marks, Sealer
 
 if TYPE_CHECKING:  # needs triton, which may be absent on machines without a GPU
     from .planes_device import DeviceDigests, DevicePlanes, StepBirths
+    from .states import StateStore
 
     ComponentStore = CpuPlanes | DevicePlanes
 
@@ -48,8 +49,9 @@ class KvStore:
         digest_key: int = 0,
         *,
         by_kernels: bool | None = None,
+        states: StateStore | None = None,
     ) -> None:
-        """`digest_key`: the cluster's 64-bit key, the same on every worker.
+        """`digest_key`: the cluster's 64-bit key, the same on every worker. `states`: of a model that has some.
 
         `by_kernels`: Triton kernels move bytes and compute digests. None: on every device except a CPU (on a CPU they
         need Triton's interpreter).
@@ -58,6 +60,7 @@ class KvStore:
         self.spec = spec
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
+        self.states = states
         self._key = digest_key
         uses_kernels = self.device.type != "cpu" if by_kernels is None else by_kernels
         self._births: DeviceDigests | None = None

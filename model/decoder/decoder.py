@@ -23,11 +23,20 @@ from ...kernels.reference_kv import Rotation
 from ...kv.store.store import KvStore
 from ..adapters.loaded import LayerChanges
 from ..batch import StepBatch
-from ..ops.elementwise import softcapped
+from ..ops.elementwise import sigmoid, softcapped
 from ..ops.seam import AttentionKind, Logits, Ops
 from ..ops.step import LayerStep
 from ..parallel.collectives import ONE_RANK, Collectives
-from ..weights.weights import DenseWeights, ExpertsWeights, LatentWeights, PlainWeights, Weights
+from ..weights.weights import (
+    DeltaWeights,
+    DenseWeights,
+    ExpertsWeights,
+    LatentWeights,
+    LayerWeights,
+    PlainWeights,
+    Weights,
+)
+from .delta import StepStates, mix_delta
 from .experts import mix_experts
 from .latent import attend_latent
 from .native_stack import NativeStack
@@ -63,6 +72,7 @@ class Decoder:
         self._ranks = collectives
         self._stack = NativeStack.make(spec, weights, ops, collectives)
         self._kinds = [_attention_kind(spec, layer.window) for layer in spec.layers]
+        self._cache_layers, self._state_layers = spec.cache_layers, spec.state_layers
 
     @property
     def is_fused(self) -> bool:
@@ -84,18 +94,22 @@ class Decoder:
         non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
         h = ops.rms_norm(x, layers[0].attention_norm)
         for index, (layer, shape) in enumerate(zip(layers, self.spec.layers, strict=True)):
-            cos, sin = angles[shape.rope]
-            step = LayerStep(
-                ops, cos, sin, store.planes(index), batch.slots, batch.attention, self._kinds[index],
-                index, rotations[shape.rope], births, LayerChanges(ops, batch.adapters, index),
-            )  # fmt: skip
-            delta, counts = self._attend(h, layer.attention, step)
+            changes, cached = LayerChanges(ops, batch.adapters, index), self._cache_layers[index]
+            if cached is None:
+                delta = self._recur(h, layer, index, batch, store)
+            else:
+                cos, sin = angles[shape.rope]
+                step = LayerStep(
+                    ops, cos, sin, store.planes(cached), batch.slots, batch.attention, self._kinds[index],
+                    cached, rotations[shape.rope], births, changes,
+                )  # fmt: skip
+                delta, counts = self._attend(h, layer.attention, step)
+                non_finite += counts
             delta = self._ranks.all_reduce(delta)
-            non_finite += counts
             if layer.after_attention is not None:
                 delta = ops.rms_norm(delta, layer.after_attention)
             x, h = ops.add_rms_norm(x, delta, layer.ffn_norm)
-            delta = self._ranks.all_reduce(self._feed_forward(h, layer.ffn, shape.ffn, step.changes))
+            delta = self._ranks.all_reduce(self._feed_forward(h, layer.ffn, shape.ffn, changes))
             if layer.after_ffn is not None:
                 delta = ops.rms_norm(delta, layer.after_ffn)
             if index + 1 < len(layers):
@@ -113,13 +127,25 @@ class Decoder:
             return logits
         return Logits(softcapped(logits.rows, self.spec.final_softcap), None)
 
-    def _attend(self, h: Tensor, weights: PlainWeights | LatentWeights, step: LayerStep) -> tuple[Tensor, Tensor]:
+    def _recur(self, h: Tensor, layer: LayerWeights, index: int, batch: StepBatch, store: KvStore) -> Tensor:
+        place, shape = self._state_layers[index], self.spec.delta
+        assert isinstance(layer.attention, DeltaWeights)
+        assert store.states is not None, "the store of a model with recurrent layers has no states"
+        assert shape is not None
+        assert place is not None
+        at = StepStates(batch.deltas, store.states.layer(place))
+        return mix_delta(self.ops, h, layer.attention, shape, at)
+
+    def _attend(
+        self, h: Tensor, weights: PlainWeights | LatentWeights | DeltaWeights, step: LayerStep
+    ) -> tuple[Tensor, Tensor]:
         """Attention of h [rows, hidden]: its output [rows, hidden], and counts [rows] of non-finite keys and values."""
         shape = self.spec.attention
         if isinstance(weights, LatentWeights):
             assert isinstance(shape, LatentAttention)
             return attend_latent(h, weights, shape, step)
         assert isinstance(shape, PlainAttention)
+        assert isinstance(weights, PlainWeights)
         return _attend_plain(h, weights, shape, step)
 
     def _feed_forward(
@@ -150,7 +176,8 @@ def embedded(table: Tensor, token_ids: Tensor, spec: ModelSpec) -> Tensor:
 def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step: LayerStep) -> tuple[Tensor, Tensor]:
     ops, heads = step.ops, shape.num_heads
     qkv = step.changes.add("qkv", ops.linear(h, weights.qkv), h)
-    qkv = qkv.view(len(h), heads + 2 * shape.num_kv_heads, shape.head_dim)
+    width = (heads + 2 * shape.num_kv_heads) * shape.head_dim
+    gates, qkv = qkv[:, width:], qkv[:, :width].unflatten(1, (heads + 2 * shape.num_kv_heads, shape.head_dim))
     norms = None
     if weights.q_norm is not None and weights.k_norm is not None:
         norms = weights.q_norm, weights.k_norm
@@ -159,6 +186,8 @@ def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step:
     keys, values = step.planes
     mixed = ops.attend((q,), (keys,), values, step.layout, step.kind, sinks=weights.sinks)
     mixed = mixed.flatten(1)
+    if shape.output_gate:
+        mixed = (mixed.float() * sigmoid(gates.float())).to(mixed.dtype)
     return step.changes.add("output", ops.linear(mixed, weights.output), mixed), refused
 
 

@@ -80,6 +80,8 @@ class NativeStack:
             return None
         if not isinstance(ops, NativeOps) or not isinstance(spec.attention, PlainAttention) or spec.attention.sinks:
             return None
+        if spec.delta is not None or spec.attention.output_gate:
+            return None
         ffns = {layer.ffn for layer in spec.layers}
         if len(ffns) > 1 or not isinstance(ffns.pop(), DenseFfn) or len(spec.ropes) > _MAX_ROPES:
             return None

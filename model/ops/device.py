@@ -140,6 +140,10 @@ def refuse_unserved(spec: ModelSpec, codec: str) -> None:
         raise ConfigError(
             f"{spec.architecture} attends to a latent cache, which is not served on a GPU yet; use model.device: cpu"
         )
+    if spec.delta is not None:
+        raise ConfigError(
+            f"{spec.architecture} has recurrent layers, which are not served on a GPU yet; use model.device: cpu"
+        )
     if codec == "float32":
         raise ConfigError(
             "cache.dtype is 'float32', which is not served on a GPU; use fp8 or bfloat16, or model.device: cpu"

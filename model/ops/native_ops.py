@@ -25,6 +25,7 @@ from ...kernels.reference import Planes
 from ...kv.block import BlockId
 from ..sampling.noise import F32
 from .composed import head, store_heads
+from .delta import DeltaJob, delta
 from .extremes import Extremes
 from .int8 import described, to_int8
 from .native_changes import PackedChange
@@ -280,6 +281,10 @@ class NativeOps:
     ) -> tuple[Tensor, Tensor]:
         """Normalise, rotate and store the heads of qkv op by op; returns queries, and counts as in `write`."""
         return store_heads(self, qkv, num_heads, norms, step)
+
+    def delta(self, x: Tensor, job: DeltaJob) -> Tensor:
+        """The definition."""
+        return delta(x, job)
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """A step's spans and block tables as the kernel reads them."""

@@ -21,6 +21,7 @@ from ...kv.block import BlockId
 
 if TYPE_CHECKING:
     from ..sampling.noise import F32
+    from .delta import DeltaJob
     from .extremes import Extremes
     from .step import LayerStep
 
@@ -228,5 +229,13 @@ class Ops(Protocol):
 
         `sinks` [heads] float32, for plain attention: a score of each head that takes part in the softmax of its rows,
         without a value, and without scale or softcap.
+        """
+        ...
+
+    def delta(self, x: Tensor, job: DeltaJob) -> Tensor:
+        """Convolution and recurrence of a gated delta net, as delta.py defines them.
+
+        x [rows, channels], perhaps a view. Returns [rows, value heads, value width]; rows of no span are zero. The
+        states that the job's spans name are written.
         """
         ...

@@ -18,6 +18,7 @@ from ...core.errors import ConfigError
 from ...kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
 from ..sampling.noise import F32
 from .composed import head, store_heads
+from .delta import DeltaJob, delta
 from .extremes import Extremes, extremes
 from .int8 import described, rounded_rows, rounded_to_int8
 from .low_rank import ComposedChange, add_changes, gate, pack_change
@@ -170,6 +171,10 @@ class TorchOps:
     ) -> tuple[Tensor, Tensor]:
         """Norms, rotations and write, one after the other."""
         return store_heads(self, qkv, num_heads, norms, step)
+
+    def delta(self, x: Tensor, job: DeltaJob) -> Tensor:
+        """The definition."""
+        return delta(x, job)
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """Keep the spans; layouts are made when a layer first needs them."""

@@ -26,6 +26,7 @@ from ...kernels.reference import Planes
 from ...kernels.reference_attention import Chunk
 from ..sampling.noise import F32
 from .composed import head
+from .delta import DeltaJob, delta
 from .extremes import Extremes, extremes
 from .int8 import rounded_to_int8
 from .low_rank import ComposedChange, add_changes, pack_change
@@ -179,6 +180,10 @@ class TritonOps:
         if len(layout.chunk_contexts):
             layout.fresh = Chunk(stored.k[layout.num_singles :], stored.v[layout.num_singles :])
         return stored.q, stored.non_finite
+
+    def delta(self, x: Tensor, job: DeltaJob) -> Tensor:
+        """The definition."""
+        return delta(x, job)
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> Layout:
         """Give leading spans of one row to the decode kernel and the rest to the prefill kernel. Rows stay in order."""

@@ -47,4 +47,4 @@ class StackedSource:
 
     def _expert(self, part: StackedPart) -> Tensor:
         whole = self._below.take_part(part.stored, 0, range(part.expert, part.expert + 1))[0]
-        return whole[..., part.first :: part.step].t()
+        return whole if part.is_whole else whole[..., part.first :: part.step].t()

@@ -20,7 +20,7 @@ from ...checkpoint.layout import (
     is_ignored,
     layer_layout,
 )
-from ...checkpoint.spec import ExpertsFfn, LatentAttention, ModelSpec
+from ...checkpoint.spec import DeltaNet, ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
 from ...core.errors import CheckpointError
 from ..ops.seam import Linear, Norm, Ops
 from .tensors import TensorSource
@@ -30,7 +30,7 @@ from .tensors import TensorSource
 class PlainWeights:
     """Weights of grouped-query attention."""
 
-    qkv: Linear  # output: queries, then keys, then values
+    qkv: Linear  # output: queries, then keys, then values, then the gates of the queries' heads if there are any
     output: Linear
     q_norm: Norm | None  # norm of each head's queries
     k_norm: Norm | None
@@ -48,6 +48,19 @@ class LatentWeights:
     kv_norm: Norm
     to_latent: tuple[Linear, ...]  # per head: [latent_width, key_width], applied to queries
     from_latent: tuple[Linear, ...]  # per head: [value_width, latent_width], applied to mixed latents
+    output: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaWeights:
+    """Weights of a gated delta net."""
+
+    input: Linear  # output: queries, keys, values (the channels of the convolution), then the gates of the output
+    rates: Linear  # packed `exact`; output: per value head the step (before its sigmoid), then the decay (before bias)
+    taps: Tensor  # [taps, channels] float32; the last is the token's own
+    decay: Tensor  # [value heads] float32: rate of decay, below zero
+    step_bias: Tensor  # [value heads] float32
+    norm: Norm  # of each value head's output
     output: Linear
 
 
@@ -74,7 +87,7 @@ class LayerWeights:
     """Weights of one decoder layer."""
 
     attention_norm: Norm
-    attention: PlainWeights | LatentWeights
+    attention: PlainWeights | LatentWeights | DeltaWeights
     after_attention: Norm | None
     ffn_norm: Norm
     ffn: DenseWeights | ExpertsWeights
@@ -153,15 +166,20 @@ class _Loader:
         ffn = self.spec.layers[index].ffn
         return LayerWeights(
             attention_norm=self.norm(layout.vectors["attention_norm"][0]),
-            attention=self._latent(layout) if isinstance(self.spec.attention, LatentAttention) else self._plain(layout),
+            attention=self._mixer(layout, index),
             after_attention=self._optional_norm(layout, "after_attention"),
             ffn_norm=self.norm(layout.vectors["ffn_norm"][0]),
             ffn=self._experts(layout, ffn) if isinstance(ffn, ExpertsFfn) else self._dense(layout),
             after_ffn=self._optional_norm(layout, "after_ffn"),
         )
 
-    def norm(self, name: str, eps: float | None = None) -> Norm:
-        weight = self.source.take(name).float() + self.spec.norm_offset
+    def _mixer(self, layout: LayerLayout, index: int) -> PlainWeights | LatentWeights | DeltaWeights:
+        if self.spec.layers[index].mixer == "delta":
+            return self._delta(layout)
+        return self._latent(layout) if isinstance(self.spec.attention, LatentAttention) else self._plain(layout)
+
+    def norm(self, name: str, eps: float | None = None, *, offset: float | None = None) -> Norm:
+        weight = self.source.take(name).float() + (self.spec.norm_offset if offset is None else offset)
         return Norm(weight.to(self.ops.device).contiguous(), self.spec.rms_eps if eps is None else eps)
 
     def _optional_norm(self, layout: LayerLayout, key: str) -> Norm | None:
@@ -174,11 +192,38 @@ class _Loader:
 
     def _plain(self, layout: LayerLayout) -> PlainWeights:
         return PlainWeights(
-            qkv=self._linear(layout.matrices["qkv"]),
+            qkv=self._qkv(layout.matrices["qkv"]),
             output=self._linear(layout.matrices["output"]),
             q_norm=self._optional_norm(layout, "q_norm"),
             k_norm=self._optional_norm(layout, "k_norm"),
             sinks=self._optional_vector(layout, "sinks"),
+        )
+
+    def _qkv(self, matrix: Matrix) -> Linear:
+        shape = self.spec.attention
+        if not isinstance(shape, PlainAttention) or not shape.output_gate:
+            return self._linear(matrix)
+        bias = gates_last(self._joined(matrix, ".bias"), shape) if matrix.bias else None
+        return self.ops.pack(gates_last(self._taken(matrix), shape), bias)
+
+    def _delta(self, layout: LayerLayout) -> DeltaWeights:
+        shape, matrices, vectors = self.spec.delta, layout.matrices, layout.vectors
+        assert shape is not None
+        per_key = shape.num_value_heads // shape.num_key_heads
+        whole, rates = self._taken(matrices["input"]), self._taken(matrices["rates"])
+        if len(matrices["input"].parts) == 1:
+            values = per_key * shape.value_width
+            whole = _by_kind(whole, shape, (shape.key_width, shape.key_width, values, values))
+            rates = _by_kind(rates, shape, (per_key, per_key))
+        device = self.ops.device
+        return DeltaWeights(
+            input=self.ops.pack(whole),
+            rates=self.ops.pack(rates, exact=matrices["rates"].exact),
+            taps=self.source.take(layout.tables["taps"][0]).float()[:, 0].t().contiguous().to(device),
+            decay=-torch.exp(self.source.take(vectors["decay"][0]).float()).to(device),
+            step_bias=self.source.take(vectors["step_bias"][0]).float().to(device),
+            norm=self.norm(vectors["delta_norm"][0], offset=0.0),
+            output=self._linear(matrices["output"]),
         )
 
     def _latent(self, layout: LayerLayout) -> LatentWeights:
@@ -221,3 +266,16 @@ class _Loader:
     def _joined(self, matrix: Matrix, kind: str) -> Tensor:
         parts = [self.source.take(name + kind) for name, _ in matrix.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def gates_last(rows: Tensor, shape: PlainAttention) -> Tensor:
+    """Joined rows of q_proj, k_proj and v_proj, with the gates, which follow each head's queries, moved to the end."""
+    size = shape.num_heads * shape.head_dim
+    heads = rows[: 2 * size].unflatten(0, (shape.num_heads, 2, shape.head_dim))
+    return torch.cat((heads[:, 0].flatten(0, 1), rows[2 * size :], heads[:, 1].flatten(0, 1)))
+
+
+def _by_kind(matrix: Tensor, shape: DeltaNet, rows: tuple[int, ...]) -> Tensor:
+    """Rows that stand by key head, each with `rows` of every kind, ordered by kind instead."""
+    heads = matrix.unflatten(0, (shape.num_key_heads, sum(rows)))
+    return torch.cat([part.flatten(0, 1) for part in heads.split(rows, dim=1)])

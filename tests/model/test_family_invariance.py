@@ -30,6 +30,9 @@ CHOSEN = [
     "deepseek-v2",
     "deepseek-v3",
     "gpt-oss",
+    "qwen3-next",
+    "qwen3.5",
+    "qwen3.5-moe",
 ]
 
 
@@ -82,6 +85,7 @@ def test_bits_depend_on_a_tokens_own_prefix_alone(
     chooser = data.draw(st.randoms(use_true_random=False))
     hand = make_hand(family_directory(name), dtype, kv, block_tokens, 4096, max_model_len=SERVED[name], kernels=kernels)
     shared, done = SHARED // block_tokens * block_tokens, [0] * len(lengths)
+    hand.keep = (shared,)
     while any(done[i] < length for i, length in enumerate(lengths)):
         ready = [i for i, length in enumerate(lengths) if done[i] < length]
         chosen = chooser.sample(ready, chooser.randint(1, len(ready)))
@@ -100,7 +104,7 @@ def test_bits_depend_on_a_tokens_own_prefix_alone(
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe-windows", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2-moe-windows", "deepseek-v3", "gpt-oss", "qwen3.5"])
 def test_two_threads_give_the_bits_of_one(
     name: str, kernels: str, reference: Callable, family_directory: Callable[[str], Path], make_hand: Callable
 ) -> None:

@@ -26,7 +26,7 @@ from twostroke.model.loader import RunnerOptions, load_runner
 from twostroke.model.ops.torch_ops import TorchLinear
 from twostroke.model.weights.weights import PlainWeights
 
-NAMES = [family.name for family in FAMILIES]
+NAMES = [family.name for family in FAMILIES if "linear_num_key_heads" not in family.fields]  # those are refused
 BY_NAME = {family.name: family for family in FAMILIES}
 LENGTHS = (1, 17, 63)
 NEW_TOKENS = 8

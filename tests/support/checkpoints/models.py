@@ -17,9 +17,10 @@ from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.spec import DType, ModelSpec
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import SamplingParams, SequenceKey
-from twostroke.engine.plan import SequenceStep, StepPlan
+from twostroke.engine.plan import SequenceStep, StateMove, StepPlan
 from twostroke.kernels.cpu.build import built_library
 from twostroke.kv.block import BlockId
+from twostroke.kv.store.states import StateStore
 from twostroke.kv.store.store import KvStore
 from twostroke.model.adapters.loaded import LoadedAdapter, pack_adapter
 from twostroke.model.batch import build_batch, read_whole, with_adapters
@@ -112,7 +113,10 @@ class Hand:
     store: KvStore
     tables: dict[str, list[BlockId]] = field(default_factory=dict)
     adapters: dict[str, LoadedAdapter] = field(default_factory=dict)  # by sequence
+    states: dict[str, dict[int, int]] = field(default_factory=dict)  # of sequences: tokens to a state that covers them
+    keep: tuple[int, ...] = ()  # positions at which further states are kept
     _blocks: itertools.count = field(default_factory=itertools.count)  # type: ignore[type-arg]
+    _places: itertools.count = field(default_factory=lambda: itertools.count(1))  # type: ignore[type-arg]
 
     def table(self, name: str, tokens: int) -> tuple[BlockId, ...]:
         """Blocks of a sequence for that many tokens."""
@@ -124,6 +128,18 @@ class Hand:
     def share(self, name: str, other: str, tokens: int) -> None:
         """Let a new sequence hold the leading whole blocks of another's."""
         self.tables[name] = self.tables[other][: tokens // self.store.block_tokens]
+        if self.store.states is not None:
+            self.states[name] = {tokens: self.states[other][tokens]}
+
+    def moves(self, work: Sequence[tuple[str, int, Sequence[int]]]) -> tuple[StateMove, ...]:
+        """States of the sequences of a step; none if the model has none."""
+        return () if self.store.states is None else tuple(self._move(name, at, len(ids)) for name, at, ids in work)
+
+    def _move(self, name: str, start: int, count: int) -> StateMove:
+        states = self.states.setdefault(name, {0: 0})
+        inner = [at for at in self.keep if start < at < start + count]
+        states |= {at: next(self._places) for at in (*inner, start + count)}
+        return StateMove(states[start], states[start + count], tuple((at - start, states[at]) for at in inner))
 
     def logits(
         self, work: Sequence[tuple[str, int, Sequence[int]]], read_rows: Sequence[int] | None = None
@@ -145,7 +161,7 @@ class Hand:
             )
             for name, start, ids in work
         ]
-        plan = StepPlan(0, tuple(steps))
+        plan = StepPlan(0, tuple(steps), self.moves(work))
         with torch.inference_mode():
             batch = build_batch(plan, [s.token_ids for s in steps], self.store.block_tokens, self.decoder.ops)
             batch = read_whole(batch) if read_rows is None else replace(batch, read_rows=read_rows)
@@ -166,6 +182,10 @@ def poison(store: KvStore) -> None:
         store_component.payload.fill_(0xFF)
         if store_component.scales is not None:
             store_component.scales.fill_(0xFF)
+    if store.states is not None:
+        for layer in range(store.states.spec.num_layers):
+            for tensor in store.states.layer(layer):
+                tensor[1:] = float("nan")
 
 
 def resolved(directory: Path, kv_dtype: str = "auto", end_ids: Sequence[int] = (), **model: object) -> ResolvedModel:
@@ -202,7 +222,8 @@ def make_hand() -> Callable[..., Hand]:
         num_blocks = tokens // block_tokens | 1
         while num_blocks % 7 == 0:
             num_blocks += 2
-        store = KvStore(spec.kv_spec(kv), num_blocks, block_tokens, digest_key=99)
+        states = None if spec.state_spec is None else StateStore(spec.state_spec, 512)
+        store = KvStore(spec.kv_spec(kv), num_blocks, block_tokens, digest_key=99, states=states)
         poison(store)
         return Hand(spec, Decoder(spec, weights, ops, max_model_len or spec.max_model_len), store)
 

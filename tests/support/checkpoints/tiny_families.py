@@ -40,10 +40,26 @@ def _mla(**more: Any) -> dict[str, Any]:
     }
 
 
+def _hybrid(**more: Any) -> dict[str, Any]:
+    """Unlike numbers of key and value heads, unlike widths, and two layers of each kind."""
+    return {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        **more,
+    }
+
+
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
+_SHARED = {"shared_expert_intermediate_size": 40}
 _SLIDES = ["sliding_attention", "full_attention", "sliding_attention"]
 _LONG = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0]}
 _PHI = {"head_dim": 16, "partial_rotary_factor": 0.75, "max_position_embeddings": 512}
@@ -182,6 +198,9 @@ FAMILIES = [
             "layer_types": ["full_attention", "full_attention", "sliding_attention"],
         },
     ),
+    TinyFamily("qwen3-next", "Qwen3NextConfig", _hybrid(**_moe(**_SHARED), mlp_only_layers=[1])),
+    TinyFamily("qwen3.5", "Qwen3_5TextConfig", _hybrid(attention_bias=True, linear_conv_kernel_dim=3)),
+    TinyFamily("qwen3.5-moe", "Qwen3_5MoeTextConfig", _hybrid(**_moe(**_SHARED), linear_key_head_dim=16)),
 ]
 
 
@@ -207,7 +226,7 @@ def write_family(family: TinyFamily, directory: Path) -> None:
     config = getattr(transformers, family.config)(**{**fields, **family.fields})
     torch.manual_seed(11)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    centre = 0.0 if "Gemma" in family.config else 1.0
+    centre = 0.0 if family.config.startswith(("Gemma", "Qwen3Next", "Qwen3_5")) else 1.0
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name:
@@ -222,4 +241,8 @@ def write_family(family: TinyFamily, directory: Path) -> None:
                 tensor.mul_(2.5)  # so that some gates are clamped
             elif name.endswith(("mlp.gate.weight", "mlp.router.weight", "shared_expert_gate.weight")):
                 tensor.normal_(0.0, 0.4)
+            elif name.endswith("A_log"):
+                tensor.uniform_(-4.0, 1.0)  # from slow to fast forgetting
+            elif name.endswith("conv1d.weight"):
+                tensor.normal_(0.0, 0.5)
     model.save_pretrained(directory, max_shard_size=family.shard_size)
