@@ -8,6 +8,7 @@ from ..core.request import Role
 from ..model.ops.device import chosen_kind, gpu_free_bytes
 from ..model.resolved import MemoryNeeds, ResolvedModel, needs_of_ranks, resolve
 from ..router.api.defaults import SamplingDefaults, described
+from ..worker.state_memory import refuse_beside_states, refuse_role
 from .config import Config
 from .placement import ModelFacts
 
@@ -26,6 +27,10 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
     directory, kind = model.directory, model.device
     cluster = config.cluster
     roles = (Role.PREFILL, Role.DECODE) if cluster.prefill else (Role.COMBINED,)
+    refuse_beside_states(model.spec, config.model, config.cache, config.speculation)
+    if model.spec.delta is not None:
+        for role in roles:
+            refuse_role(served_name(config.model.path, config.model.name), role)
     needs = [needs_of_ranks(model, config.model, cluster.ranks_of(role)) for role in roles]
     most = max(needs, key=lambda each: each.weight_bytes)
     return ModelFacts(
@@ -34,6 +39,7 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
         weight_bytes=most.weight_bytes,
         kv_spec=most.kv_spec,
         step_bytes=most.step_bytes,
+        state_bytes=most.state_bytes,
         max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
         remarks=model.spec.remarks,

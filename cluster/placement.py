@@ -34,6 +34,7 @@ class ModelFacts:
     remarks: tuple[str, ...] = ()  # differences between the checkpoint's statements and our reading of them
     sampling: str = ""  # the checkpoint's sampling defaults, as text; empty: none
     step_bytes: StepBytes = NO_STEP  # of a step's intermediate values
+    state_bytes: int = 0  # of a sequence's recurrent state
 
 
 @dataclass(frozen=True, slots=True)

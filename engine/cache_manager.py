@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Series
 from typing import NamedTuple
 
-from ..kv.block import BlockId, chain
+from ..kv.block import BlockId, BlockIdentity, chain
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.cache.residency import Residency
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link.messages import CacheDelta, CacheSnapshot
+from .plan import SequenceStep
 from .sequence import Sequence, Table
+from .states import StateHoldings
 from .store_ops import SwapInOp, SwapOutOp
 from .swap import SwapSpace
 
@@ -27,10 +30,18 @@ class Cost(NamedTuple):
 class KvCacheManager:
     """Takes, shares, publishes and gives back blocks for sequences; numbers the deltas of the prefix cache."""
 
-    def __init__(self, pool: BlockPool, prefix: PrefixCache, key: bytes, swap: SwapSpace | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        prefix: PrefixCache,
+        key: bytes,
+        swap: SwapSpace | None = None,
+        states: StateHoldings | None = None,
+    ) -> None:
         self.pool = pool
         self.prefix = prefix
         self.swap = swap  # None: no host blocks, preemption is recompute
+        self.states = states  # None: the model has no recurrent layers
         self.residency = Residency(pool.num_blocks)
         self._key = key  # identity key of the cluster, for the chain over generated tokens
         self._delta = 0
@@ -43,7 +54,7 @@ class KvCacheManager:
         """Blocks that a sequence without blocks needs. Changes no state."""
         span = self.pool.block_tokens // HASH_BLOCK_TOKENS
         findable = sequence.findable
-        held = self.prefix.match(findable)
+        held = self.matched(findable)
         num_held = held // span
         asleep = 0
         for i in range(num_held):
@@ -55,12 +66,22 @@ class KvCacheManager:
 
     def cached_tokens(self, sequence: Sequence) -> int:
         """Leading tokens of `sequence` that are cached here now."""
-        return self.prefix.match(sequence.findable) * HASH_BLOCK_TOKENS
+        return self.matched(sequence.findable) * HASH_BLOCK_TOKENS
+
+    def matched(self, findable: Series[BlockIdentity]) -> int:
+        """Number of leading hash blocks that a sequence can start after: KV is held, and the state if there is one."""
+        held = self.prefix.match(findable)
+        return held if self.states is None else self.states.matched(findable, held)
 
     def attach(self, sequence: Sequence) -> None:
         """Retain the cached prefix, and set `num_computed` to its length."""
         assert not sequence.blocks, f"{sequence.key} holds blocks already"
-        sequence.blocks, sequence.table = self.prefix.acquire(sequence.findable), None
+        findable = sequence.findable
+        if self.states is not None:
+            findable = findable[: self.states.attach(sequence, self.prefix.match(findable))]
+            if not self.prefix.enabled:
+                sequence.wanted_states.clear()
+        sequence.blocks, sequence.table = self.prefix.acquire(findable), None
         sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
         sequence.num_published = len(sequence.blocks)
         self.residency.found(sequence.blocks)
@@ -89,6 +110,8 @@ class KvCacheManager:
 
     def release(self, sequence: Sequence) -> None:
         """Give all blocks back, host blocks too; published blocks stay findable until they are evicted."""
+        if self.states is not None:
+            self.states.release(sequence)
         self.pool.give_back(sequence.blocks)
         sequence.blocks, sequence.table = [], None
         sequence.num_computed = sequence.num_published = 0
@@ -148,6 +171,23 @@ class KvCacheManager:
         self.residency.published(sequence.blocks[sequence.num_published : num_full])
         sequence.table = None
         sequence.num_published = num_full
+
+    def before_last(self, step: SequenceStep) -> int:
+        """Where a deferred sequence goes on: its last row is computed again, from the beginning of its hash block.
+
+        With a recurrent state, from the beginning of the step. The rows overwrite what is stored with the same bits.
+        """
+        last = step.end - 1
+        return step.start if self.states is not None else max(step.start, last - last % HASH_BLOCK_TOKENS)
+
+    def keep_state(self, sequence: Sequence, step: SequenceStep) -> None:
+        """After `publish`: keep the states that a computed step has written, if the sequence has gone on."""
+        if self.states is None:
+            return
+        if sequence.num_computed == step.end:
+            self.states.moved(sequence, step.start)
+        else:
+            self.states.stay(sequence)
 
     def table(self, sequence: Sequence, num_tokens: int) -> Table:
         """Blocks and generations that cover the first `num_tokens` tokens."""

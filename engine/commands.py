@@ -83,6 +83,9 @@ class Commands:
         """Reason to refuse a new sequence, or None."""
         if stopped:
             return PendingFinish(FinishReason.CANCELLED)
+        if self._lives.holdings.states is not None and submit.source is not Source.LOCAL:
+            message = "this model has recurrent layers, whose states are not handed over; send it to a combined worker"
+            return PendingFinish(FinishReason.ERROR, InvalidRequest.code, message)
         num_prompt, max_tokens = len(submit.prompt_ids), submit.params.max_tokens
         if not 0 <= submit.num_emitted < max(num_prompt, 1):
             message = f"num_emitted is {submit.num_emitted} of {num_prompt} prompt tokens; some prompt must be left"

@@ -21,7 +21,7 @@ from ..core.request import FinishReason, Role, SequenceKey
 from ..core.tally import Tally
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
-from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.cache.states import StatePool
 from .cache_manager import KvCacheManager
 from .commands import Commands
 from .lifecycle import SequenceLifecycle
@@ -46,6 +46,7 @@ from .report import load_news
 from .scheduler import Scheduler
 from .sequence import QUEUE_STATES, PendingFinish, Sequence, SequenceState
 from .speculation.speculation import Speculation
+from .states import StateHoldings
 from .step_times import StepTimes
 from .store_ops import StoreOp
 from .swap import SwapSpace
@@ -60,6 +61,8 @@ class CoreLimits:
     max_model_len: int | None = None  # prompt plus generated tokens
     num_swap_blocks: int = 0  # host blocks for preempted sequences; 0: they are recomputed
     max_scored_rows: int | None = None  # most prompt rows per step with logprobs: `policy.scored_rows`; None: no bound
+    num_states: int = 0  # recurrent states of a model that has some; 0: it has none
+    num_seats: int = 0  # most sequences that run at once; used with `num_states`
 
 
 class EngineCore:
@@ -81,7 +84,12 @@ class EngineCore:
         self.prefix = prefix
         self.stopped = False  # a Stop came: new sequences are refused
         swap = SwapSpace(limits.num_swap_blocks, pool.block_tokens) if limits.num_swap_blocks else None
-        holdings = KvCacheManager(pool, prefix, key, swap)
+        states = None
+        if limits.num_states:
+            assert swap is None, "states are not swapped"
+            assert speculation is None, "a state cannot go back behind a wrong guess"
+            states = StateHoldings(StatePool(limits.num_states, pool.block_tokens), pool.block_tokens, limits.num_seats)
+        holdings = KvCacheManager(pool, prefix, key, swap, states)
         self._scheduler = Scheduler(holdings, policy, limits.max_scored_rows, speculation)
         self._lives = SequenceLifecycle(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
@@ -167,7 +175,7 @@ class EngineCore:
                 is_computed = True
                 sequence.num_computed = step.end
                 if step.key in result.deferred:
-                    sequence.num_computed = _before_last(step)
+                    sequence.num_computed = lives.holdings.before_last(step)
                     lives.drop_drafts(sequence)
             if doom is None:
                 doom = self._take_tokens(sequence, step, result, token_ids, news)
@@ -177,6 +185,7 @@ class EngineCore:
                     sequence.has_begun = True
             if is_computed:
                 lives.holdings.publish(sequence)
+                lives.holdings.keep_state(sequence, step)
             if doom is not None:
                 ends.append((sequence, doom))
         if news:
@@ -327,12 +336,3 @@ class EngineCore:
         if doom is None and sequence.state is _S.PREFILLING:
             self._scheduler.move(sequence, _S.DECODING)
         return doom
-
-
-def _before_last(step: SequenceStep) -> int:
-    """Where a deferred sequence goes on: its last row is computed again, from the beginning of that row's hash block.
-
-    The rows overwrite what is stored with the same bits.
-    """
-    last = step.end - 1
-    return max(step.start, last - last % HASH_BLOCK_TOKENS)

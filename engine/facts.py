@@ -25,6 +25,7 @@ class ModelFacts:
     numerics_description: str
     deterministic: bool
     kv_spec: KvSpec
+    has_states: bool = False  # recurrent layers: a sequence is more than its KV
 
     def check_prompt(self, prompt_ids: tuple[int, ...], num_emitted: int = 0) -> None:
         """Check that the model can take these ids. The last `num_emitted` of them were generated.

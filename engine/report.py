@@ -35,7 +35,7 @@ def load_news(scheduler: Scheduler, counters: Mapping[str, int], num_steps: int,
         prefill_ms_per_token=0.0,
         prefill_ms_per_token_pair=0.0,
         decode_step_ms=0.0,
-        counters=tuple(sorted({**counters, **_preemptions(scheduler)}.items())),
+        counters=tuple(sorted({**counters, **_preemptions(scheduler), **_states(scheduler)}.items())),
         waiting_for_peer=scheduler.count(*_FOR_PEER),
         waiting_for_room=scheduler.count(*_FOR_ROOM),
         spreads=(("iteration_tokens", step_tokens.spread), *holdings.residency.spreads),
@@ -54,3 +54,17 @@ def _preemptions(scheduler: Scheduler) -> dict[str, int]:
             "swap_gaps": space.gaps_total,
         }
     return counters
+
+
+def _states(scheduler: Scheduler) -> dict[str, int]:
+    """Counts of recurrent states, of a model that has some."""
+    states = scheduler.holdings.states
+    if states is None:
+        return {}
+    pool = states.pool
+    return {
+        "states": pool.num_states,
+        "states_in_use": pool.num_states - pool.num_free,
+        "state_snapshots": pool.num_snapshots,
+        "state_snapshot_hits": pool.hits_total,
+    }

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from collections.abc import Sequence as Series
 
 from ..core.request import SequenceKey
+from ..kv.block import BlockIdentity
 from ..kv.cache.pool import OutOfBlocks
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .cache_manager import Cost, KvCacheManager
@@ -223,12 +225,26 @@ class Scheduler:
         The wait ends when the other one publishes that block, or computes no more: at the latest by its deadline.
         """
         findable = sequence.findable
+        if self.holdings.states is not None:
+            return self._awaits_state(sequence)
         held = self.holdings.prefix.match(findable)
         if held == len(findable):
             return False
         lacking = findable[held]
         works = self._by_state[_S.PREFILLING].values()
         return any(held < len(work.identities) and work.identities[held] == lacking for work in works)
+
+    def _awaits_state(self, sequence: Sequence) -> bool:
+        """`_awaits_prefix` where a match needs a snapshot: the other sequence is asked to keep one where they part."""
+        states, findable = self.holdings.states, sequence.findable
+        assert states is not None
+        held, waits = self.holdings.matched(findable), False
+        for work in self._by_state[_S.PREFILLING].values():
+            common = self.holdings.prefix.whole(_num_common(findable, work.identities))
+            if held < common and work.num_computed < common * HASH_BLOCK_TOKENS:
+                states.want(work, common * HASH_BLOCK_TOKENS)
+                waits = True
+        return waits
 
     def _lengths(self, *states: SequenceState) -> tuple[int, ...]:
         """Tokens to be computed for each sequence in these states, in no order.
@@ -279,7 +295,9 @@ class Scheduler:
         if not steps:
             return None
         self._next_step += 1
-        return StepPlan(self._next_step, tuple(steps))
+        states = self.holdings.states
+        moves = () if states is None else tuple([states.move(self.by_key[s.key], s.end) for s in steps])
+        return StepPlan(self._next_step, tuple(steps), moves)
 
     def _chunks(self, num_tokens: int, num_seqs: int) -> list[SequenceStep]:
         """Prefill chunks. Each ends at a hash block's end, so that all of it is sealed, or at the prompt's end."""
@@ -376,3 +394,12 @@ class Scheduler:
         promised = sum(s.num_promised for s in self.by_key.values())
         assert promised == self.num_promised, f"{self.num_promised} blocks promised, sequences say {promised}"
         check_holdings(self.holdings, list(self.by_key.values()), among)
+
+
+def _num_common(first: Series[BlockIdentity], second: Series[BlockIdentity]) -> int:
+    """Number of leading hash blocks that two chains share; an identity names all tokens before it, too."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[middle - 1] == second[middle - 1] else (low, middle - 1)
+    return low

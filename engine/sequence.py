@@ -27,7 +27,7 @@ from ..core.request import FinishReason, SamplingParams, SequenceKey, TokenLogpr
 from ..kv.block import BlockId, BlockIdentity
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .link.messages import Source, Submit
-from .plan import History
+from .plan import History, StateMove
 from .speculation.drafting import Drafting
 
 
@@ -135,6 +135,12 @@ class Sequence:
     drafting: Drafting | None = None  # of its guessed tokens; None: none were guessed so far
     doom: PendingFinish | None = None
     adapter_slot: int = 0  # 0: none
+    state_place: int = (
+        0  # its recurrent state, which covers `num_computed` tokens; 0: it covers none, or the model has none
+    )
+    move: StateMove | None = None  # states of the running step
+    passing: tuple[int, BlockIdentity] | None = None  # its latest snapshot that its next one replaces
+    wanted_states: set[int] = field(default_factory=set)  # numbers of tokens after which a snapshot is to be kept
 
     @property
     def num_generated(self) -> int:

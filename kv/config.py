@@ -35,6 +35,13 @@ class CacheConfig(Section):
         le=1 << 20,
         description="GiB of host memory per worker for the blocks of preempted sequences; 0: they are computed again",
     )
+    state_snapshots: int | None = Field(
+        None,
+        ge=0,
+        le=1 << 20,
+        description="of models with recurrent layers: states that are kept for prompts with a prefix in common; "
+        "default: four per sequence that runs, in at most a quarter of the memory left after the weights",
+    )
     prefix_caching: bool = Field(True, description="keep finished blocks findable by the prompts that come later")
     frame_bytes: int = Field(2 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
     frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")

@@ -21,6 +21,7 @@ class MemoryFacts:
     ring_bytes: int = 0  # shared memory of hand-overs
     process_bytes: int = 0  # the interpreter and its libraries
     activation_bytes: int = 0  # intermediate values of the largest step
+    state_bytes: int = 0  # recurrent states
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
         )
     swap_bytes = 0 if facts.swaps_elsewhere else facts.swap_bytes
     ring_bytes = 0 if facts.swaps_elsewhere else facts.ring_bytes
-    others = facts.process_bytes + facts.activation_bytes + swap_bytes + ring_bytes
+    others = facts.process_bytes + facts.activation_bytes + swap_bytes + ring_bytes + facts.state_bytes
     left = facts.memory_bytes - facts.weight_bytes - others
     by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
@@ -68,7 +69,8 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     rings = f" − hand-over rings {_mib(ring_bytes)}" if ring_bytes else ""
     process = f" − process {_mib(facts.process_bytes)}" if facts.process_bytes else ""
     steps = f" − activations {_mib(facts.activation_bytes)}" if facts.activation_bytes else ""
-    taken = f"{process} − weights {_mib(facts.weight_bytes)}{steps}{swap}{rings}"
+    states = f" − recurrent states {_mib(facts.state_bytes)}" if facts.state_bytes else ""
+    taken = f"{process} − weights {_mib(facts.weight_bytes)}{steps}{states}{swap}{rings}"
     arithmetic = (
         f"memory {_mib(facts.memory_bytes)}{taken} = {_mib(left)}; "
         f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "
@@ -79,6 +81,7 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
         raise DoesNotFit(
             f"no KV block fits: {arithmetic}. Use a smaller model or dtype, fewer workers, a larger "
             "cache.memory_fraction, less cache.swap_space or cache.ring_bytes, or more cache.tokens"
+            + (", or less step.max_num_seqs or cache.state_snapshots" if facts.state_bytes else "")
         )
     return PoolSize(num_blocks, block_tokens, num_blocks * block_bytes, arithmetic, num_swap_blocks)
 

@@ -54,6 +54,7 @@ class MemoryNeeds:
     kv_spec: KvSpec
     max_model_len: int
     step_bytes: StepBytes = NO_STEP
+    state_bytes: int = 0  # of a sequence's recurrent state
 
 
 def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) -> MemoryNeeds:
@@ -66,7 +67,9 @@ def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) 
     rank = shard_spec(model.spec, Shard(0, num_ranks))
     if num_ranks == 1:
         held = model.weight_bytes + settings.adapter_bytes
-        return MemoryNeeds(held, model.kv_spec, model.max_model_len, step_bytes(model.spec, model.dtype))
+        steps, states = step_bytes(model.spec, model.dtype), model.spec.state_spec
+        state_bytes = 0 if states is None else states.num_bytes
+        return MemoryNeeds(held, model.kv_spec, model.max_model_len, steps, state_bytes)
     if settings.serves_adapters:
         raise ConfigError(
             f"adapters are to be served (model.lora_modules or enable_lora) by workers of {num_ranks} tensor-parallel "

@@ -16,6 +16,7 @@ from ..kv.config import CacheConfig
 from ..kv.sizing import MemoryFacts, PoolSize, size_pool
 from ..kv.spec import KvSpec
 from ..router.config import RouterConfig
+from .state_memory import decided_states
 
 Device = Literal["cpu", "cuda"]
 S = TypeVar("S", bound=Section)
@@ -59,6 +60,11 @@ class ModelNeeds(Protocol):
         """Memory of a step's intermediate values, of all ranks."""
         ...
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of a sequence's recurrent state; 0: the model has none."""
+        ...
+
 
 class SizedWorker(NamedTuple):
     """Bounds of a worker's steps, its pool, its longest context, and the reasons."""
@@ -69,6 +75,7 @@ class SizedWorker(NamedTuple):
     pool: PoolSize
     decisions: list[Decision]
     activation_bytes: int = 0  # of all ranks, on a GPU
+    num_states: int = 0  # recurrent states
 
 
 def size_worker(
@@ -88,7 +95,16 @@ def size_worker(
     Raises:
         DoesNotFit: nothing is left for the pool, or `wanted` does not fit it; with the arithmetic.
     """
+    seats_given = "max_num_seqs" in step.model_fields_set
     step, decisions = decided_step(step, device, device_bytes)
+    left = memory_bytes - model.weight_bytes
+    states = decided_states(model.state_bytes, step, cache, left, given=seats_given)
+    if states.num_states:
+        step = step.model_copy(update={"max_num_seqs": states.max_num_seqs})
+        cache = cache.model_copy(update={"state_snapshots": states.num_snapshots})
+        seats = Decision("step.max_num_seqs", _told(step.max_num_seqs), "as given" if seats_given else states.reason)
+        decisions = [seats if made.setting == seats.setting else made for made in decisions]
+        decisions.append(Decision("cache.state_snapshots", _told(states.num_snapshots), states.reason))
     tokens, rows = step.max_num_batched_tokens, step.max_num_seqs
     activation_bytes = tokens * model.step_bytes.per_token + rows * model.step_bytes.per_row
     facts = MemoryFacts(
@@ -100,10 +116,12 @@ def size_worker(
         process_bytes=PROCESS_BYTES if device == "cpu" else 0,
         # On a CPU the half of the memory that the pool leaves is for them, too.
         activation_bytes=activation_bytes if device == "cuda" else 0,
+        state_bytes=states.num_bytes,
     )
     pool, cache, more = decided_pool(model.kv_spec, cache, device, facts, step.max_num_seqs * model.max_model_len)
     context, decision = decided_context(model.max_model_len, wanted, pool)
-    return SizedWorker(step, cache, context, pool, [*decisions, *more, decision], facts.activation_bytes)
+    decisions += [*more, decision]
+    return SizedWorker(step, cache, context, pool, decisions, facts.activation_bytes, states.num_states)
 
 
 def decided_step(step: StepConfig, device: Device, device_bytes: int) -> tuple[StepConfig, list[Decision]]:

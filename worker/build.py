@@ -48,6 +48,7 @@ from .rank_order import RankOrder
 from .rank_work import Leader, SlicedStore
 from .ranks import Ranks
 from .settings import WorkerSettings
+from .state_memory import refuse_beside_states, refuse_role
 
 LOAD_S = 600.0  # longest time for all ranks to load a large model
 LEAST_SLOT_BYTES, MOST_SLOT_BYTES = 1 << 18, 16 << 20  # of one rank in a sum; larger sums take several turns
@@ -97,8 +98,9 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     directory = Path(settings.model_directory)
     resolved = resolve(directory, settings.model, settings.cache.dtype, kind, built_library)
+    refuse_beside_states(resolved.spec, settings.model, settings.cache, settings.speculation)
     if resolved.spec.delta is not None:
-        raise ConfigError(f"{resolved.spec.architecture} has recurrent layers, and the engine keeps no states yet")
+        refuse_role(settings.model_name, settings.role)
     sized = _sized(settings, resolved)
     step, cache, pool_size = sized.step, sized.cache, sized.pool
     tokenizer = Tokenizer.load(directory)
@@ -114,6 +116,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         digest_key=digest_key(settings.cluster_key),
         gpu=settings.gpu,
         graph_seqs=step.max_num_seqs,
+        num_states=sized.num_states,
     )
     late = _LateEngine()
     ranks = _started_ranks(settings, resolved, sized, late.fail) if settings.num_ranks > 1 else None
@@ -131,7 +134,13 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         Role.COMBINED: combined_policy(limits),
     }
     pool = BlockPool(pool_size.num_blocks, cache.block_size)
-    bounds = CoreLimits(model.max_model_len, pool_size.num_swap_blocks, scored_rows(model.vocab_size))
+    bounds = CoreLimits(
+        model.max_model_len,
+        pool_size.num_swap_blocks,
+        scored_rows(model.vocab_size),
+        num_states=sized.num_states,
+        num_seats=step.max_num_seqs,
+    )
     prefix = PrefixCache(pool, enabled=cache.prefix_caching)
     core = EngineCore(
         bounds,
@@ -265,6 +274,7 @@ def _model_facts(settings: WorkerSettings, model: ResolvedModel) -> ModelFacts:
         numerics_description=numerics.description,
         deterministic=settings.model.deterministic,
         kv_spec=model.kv_spec,
+        has_states=model.spec.delta is not None,
     )
 
 

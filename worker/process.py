@@ -54,6 +54,7 @@ from .metrics import WorkerMetrics, pages
 from .scrape import ScrapeServer
 from .service import WorkerService
 from .settings import WorkerSettings
+from .state_memory import refuse_role
 from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
@@ -203,8 +204,15 @@ class WorkerProcess:
         return cancelled
 
     def set_role(self, role: Role) -> None:
-        """Change the role: another policy, announced to the routers. Running work continues."""
+        """Change the role: another policy, announced to the routers. Running work continues.
+
+        Raises:
+            ConfigError: the model is not served in this role.
+        """
         assert self._room is not None, "start first"
+        model = self._room.facts.model
+        if model.has_states:
+            refuse_role(model.name, role)
         self.role = role
         self._room.link.send(link.SetRole(role))
         log.info("%s is %s from now on", self.settings.worker_id, role.value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from ..client.status import to_rpc_status
-from ..core.errors import InvalidRequest, TwostrokeError
+from ..core.errors import ConfigError, InvalidRequest, TwostrokeError
 from ..kv.messages import role_from_wire
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -41,7 +41,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             role = role_from_wire(request.role)
         except InvalidRequest as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        self._worker.set_role(role)
+        try:
+            self._worker.set_role(role)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return self._worker.info()
 
     async def LoadAdapter(self, request: worker_pb2.LoadAdapterRequest, context: Any) -> common_pb2.WorkerInfo:

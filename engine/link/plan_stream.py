@@ -116,6 +116,7 @@ class PlanSender:
 
     def encode(self, plan: StepPlan) -> bytes:
         """The message of a plan. Receivers must get every message, in order."""
+        assert not plan.states, "recurrent states are not sent to other ranks"
         self._message += 1
         data = None if self._is_whole else self._steady.put(self._message, plan)
         return self._put(plan) if data is None else data

@@ -67,6 +67,10 @@ class PrefixCache:
         """Number of leading hash blocks of a chain that are held, a multiple of block_tokens / 16. Changes no state."""
         return self._held_blocks(identities) * self._span
 
+    def whole(self, num_hash_blocks: int) -> int:
+        """A number of hash blocks, rounded down to whole physical blocks."""
+        return num_hash_blocks // self._span * self._span
+
     def acquire(self, identities: Sequence[BlockIdentity]) -> list[BlockId]:
         """The blocks of the longest held prefix, in order. The caller owns them until it gives them back."""
         blocks = [self._entry_by_key[self._key(identities, i)].block for i in range(self._held_blocks(identities))]

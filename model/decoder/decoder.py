@@ -177,7 +177,7 @@ def _attend_plain(h: Tensor, weights: PlainWeights, shape: PlainAttention, step:
     ops, heads = step.ops, shape.num_heads
     qkv = step.changes.add("qkv", ops.linear(h, weights.qkv), h)
     width = (heads + 2 * shape.num_kv_heads) * shape.head_dim
-    gates, qkv = qkv[:, width:], qkv[:, :width].unflatten(1, (heads + 2 * shape.num_kv_heads, shape.head_dim))
+    gates, qkv = qkv[:, width:], qkv[:, :width].view(len(h), heads + 2 * shape.num_kv_heads, shape.head_dim)
     norms = None
     if weights.q_norm is not None and weights.k_norm is not None:
         norms = weights.q_norm, weights.k_norm

@@ -112,7 +112,7 @@ def _convolved(x: Tensor, taps: Tensor, spans: DeltaSpans, convs: Tensor) -> Ten
 
 def _rows(mixed: Tensor, rates: Tensor, parts: DeltaParts, shape: DeltaNet) -> _Rows:
     widths = (shape.keys_width, shape.keys_width, shape.values_width)
-    queries, keys, values = mixed.split(widths, dim=1)
+    queries, keys, values = torch.split(mixed, widths, dim=1)
     queries = _unit(queries, shape) * shape.key_width**-0.5
     keys = _unit(keys, shape)
     step, decay = rates.chunk(2, dim=1)
@@ -120,7 +120,7 @@ def _rows(mixed: Tensor, rates: Tensor, parts: DeltaParts, shape: DeltaNet) -> _
     return _Rows(
         keys,
         queries,
-        values.unflatten(1, (shape.num_value_heads, shape.value_width)),
+        values.view(len(mixed), shape.num_value_heads, shape.value_width),
         tree_sum(keys * queries, 2).unsqueeze(2),
         decays[:, :, None, None],
         sigmoid(step).unsqueeze(2),
@@ -129,7 +129,7 @@ def _rows(mixed: Tensor, rates: Tensor, parts: DeltaParts, shape: DeltaNet) -> _
 
 def _unit(x: Tensor, shape: DeltaNet) -> Tensor:
     """Vectors of length one [rows, value heads, key width], of x [rows, key heads * key width]."""
-    heads = x.unflatten(1, (shape.num_key_heads, shape.key_width))
+    heads = x.view(len(x), shape.num_key_heads, shape.key_width)
     length = torch.sqrt(tree_sum(heads * heads, 2).unsqueeze(2) + _LEAST_SQUARE)
     return (heads / length).repeat_interleave(shape.num_value_heads // shape.num_key_heads, dim=1)
 
@@ -137,7 +137,7 @@ def _unit(x: Tensor, shape: DeltaNet) -> Tensor:
 def _recur(rows: _Rows, spans: DeltaSpans, memories: Tensor, out: Tensor) -> None:
     memory = memories[spans.sources]  # [spans, heads, key width, value width]: a copy
     written = iter(spans.after)
-    due = next(written)
+    due = next(written, None)
     for time in range(spans.spans[0].num_rows):
         count = spans.num_active(time)
         at, active = spans.first_rows[:count] + time, memory[:count]

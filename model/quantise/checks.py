@@ -71,6 +71,11 @@ def opened(directory: Path) -> Original:
             "checkpoint that it was made of"
         )
     spec, source = load_spec(directory), SafetensorsFiles(directory)
+    if spec.delta is not None:
+        raise CheckpointError(
+            f"IN is {directory}, and {spec.architecture} has recurrent layers, which are not quantised here yet; serve "
+            "it with --quantization int8, or take a quantised export of it"
+        )
     if stacked_parts(source.shapes()):
         raise CheckpointError(
             f"IN is {directory}, whose experts are stacked with biases ({spec.architecture}): no loader reads them "

@@ -16,7 +16,7 @@ from ...checkpoint.layout import LayerLayout, layer_layout
 from ...checkpoint.spec import DenseFfn, ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
 from ..ops.seam import Linear
 from ..weights.tensors import TensorSource
-from ..weights.weights import DenseWeights, ExpertsWeights, LatentWeights, LayerWeights
+from ..weights.weights import DenseWeights, ExpertsWeights, LatentWeights, LayerWeights, PlainWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,7 @@ def linears(layer: LayerWeights, spec: ModelSpec, index: int) -> dict[int, str]:
         if attention.q_down is not None:
             found["q_down"] = attention.q_down
     else:
+        assert isinstance(attention, PlainWeights), "models with recurrent layers are refused before"
         found |= {"qkv": attention.qkv, "output": attention.output}
     if isinstance(layer.ffn, ExpertsWeights):
         assert isinstance(spec.layers[index].ffn, ExpertsFfn)

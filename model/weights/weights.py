@@ -271,11 +271,11 @@ class _Loader:
 def gates_last(rows: Tensor, shape: PlainAttention) -> Tensor:
     """Joined rows of q_proj, k_proj and v_proj, with the gates, which follow each head's queries, moved to the end."""
     size = shape.num_heads * shape.head_dim
-    heads = rows[: 2 * size].unflatten(0, (shape.num_heads, 2, shape.head_dim))
+    heads = rows[: 2 * size].view(shape.num_heads, 2, shape.head_dim, *rows.shape[1:])
     return torch.cat((heads[:, 0].flatten(0, 1), rows[2 * size :], heads[:, 1].flatten(0, 1)))
 
 
 def _by_kind(matrix: Tensor, shape: DeltaNet, rows: tuple[int, ...]) -> Tensor:
     """Rows that stand by key head, each with `rows` of every kind, ordered by kind instead."""
-    heads = matrix.unflatten(0, (shape.num_key_heads, sum(rows)))
-    return torch.cat([part.flatten(0, 1) for part in heads.split(rows, dim=1)])
+    heads = matrix.view(shape.num_key_heads, sum(rows), matrix.shape[1])
+    return torch.cat([part.flatten(0, 1) for part in torch.split(heads, rows, dim=1)])

@@ -135,7 +135,7 @@ def test_refuses_a_nested_config_without_its_text() -> None:
 
 
 def test_several_ranks_and_a_gpu_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="recurrent layers.*tensor_parallel_size 1"):
+    with pytest.raises(ConfigError, match=r"recurrent layers.*tensor_parallel_size 1"):
         shard_spec(nested(), Shard(0, 2))
     assert shard_spec(nested(), Shard(0, 1)).local == nested()
     with pytest.raises(ConfigError, match=r"recurrent layers.*model\.device: cpu"):

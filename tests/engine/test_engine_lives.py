@@ -34,6 +34,7 @@ from twostroke.engine.link.messages import (
 )
 from twostroke.engine.plan import StepPlan, StepResult
 from twostroke.engine.policy import StepLimits
+from twostroke.engine.states import STATES_PER_SEAT
 from twostroke.engine.step_times import StepTimes
 from twostroke.engine.store_ops import FetchOp, ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.kv.block import chain
@@ -65,14 +66,16 @@ class CoreMachine(RuleBasedStateMachine):
         num_host=st.sampled_from([0, 2, 6, 20]),
     )
     def begin(self, num_blocks, span, seqs, batch, num_host):
-        self.limits = StepLimits(seqs, batch, 8, 600)
-        self.pool = BlockPool(num_blocks, span)
+        self.start_with(StepLimits(seqs, batch, 8, 600), BlockPool(num_blocks, span))
         prefix = PrefixCache(self.pool)
         self.core = EngineCore(
             CoreLimits(None, num_host), self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY
         )
-        self.store = FakeStore(span)
-        self.store.host = FakeStore(span)
+
+    def start_with(self, limits, pool):
+        self.limits, self.pool = limits, pool
+        self.store = FakeStore(pool.block_tokens)
+        self.store.host = FakeStore(pool.block_tokens)
         self.spoiled = 0  # copies that come back damaged from now on
         self.faces: dict[SequenceKey, Face] = {}
         self.known: set[bytes] = set()  # what a watcher of the cache believes
@@ -228,7 +231,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.check_plan(self.flight)
 
     @precondition(lambda self: self.flight is not None)
-    @rule(fate=st.sampled_from(["fine"] * 8 + ["fails", "not finite"]))
+    @rule(fate=st.sampled_from(["fine"] * 8 + ["fails", "not finite", "waits for a mask"]))
     def end_step(self, fate):
         plan, self.flight = self.flight, None
         if fate == "fails":
@@ -238,6 +241,9 @@ class CoreMachine(RuleBasedStateMachine):
         if fate == "not finite":
             bad = plan.sequences[0].key
             result = StepResult(plan.step, ((), *result.tokens[1:]), frozenset({bad}))
+        if fate == "waits for a mask":
+            late = frozenset(step.key for step in plan.sequences if step.samples)
+            result = StepResult(plan.step, ((),) * len(plan.sequences), deferred=late)
         self.hear(self.core.apply(plan, result, self.now_s))
 
     @precondition(lambda self: self.flight is None)
@@ -382,11 +388,47 @@ class CoreMachine(RuleBasedStateMachine):
                 self.hear(self.core.handle(Release(key), self.now_s))
 
 
-CoreMachine.TestCase.settings = settings(
-    max_examples=100,
-    stateful_step_count=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+class StateMachine(CoreMachine):
+    """A combined worker of a model with recurrent layers: few states, and every step reads that of its very prefix."""
+
+    @initialize(
+        num_blocks=st.integers(4, 14),
+        span=st.sampled_from([16, 16, 32]),
+        seqs=st.integers(1, 5),
+        batch=st.sampled_from([16, 32, 48, 96]),
+        snapshots=st.sampled_from([0, 1, 2, 20]),
+        enabled=st.sampled_from([True, True, True, False]),
+    )
+    def begin(self, *, num_blocks, span, seqs, batch, snapshots, enabled):
+        self.start_with(StepLimits(seqs, batch, 8, 600), BlockPool(num_blocks, span))
+        limits = CoreLimits(num_states=STATES_PER_SEAT * seqs + snapshots, num_seats=seqs)
+        prefix = PrefixCache(self.pool, enabled=enabled)
+        self.core = EngineCore(limits, self.pool, prefix, combined_policy(self.limits), eos_ids=[EOS], key=KEY)
+
+    @rule(
+        sizes=st.tuples(st.integers(1, 120), st.integers(1, 60), st.integers(0, 3)),
+        family=st.integers(0, 2),
+        copies=st.integers(1, 4),
+        patience=st.none() | st.none() | st.floats(0.5, 20),
+    )
+    def submit(self, sizes, family, copies, patience):
+        length, max_tokens, emitted = sizes
+        for copy in range(copies):
+            self.submit_one(Source.LOCAL, (length + 9 * copy, max_tokens, emitted), family, patience)
+
+    def drain(self):
+        super().drain()
+        counters = dict(self.core.load(self.now_s).counters)
+        assert counters["states_in_use"] == 0, "a state was not given back"
+
+
+for machine in (CoreMachine, StateMachine):
+    machine.TestCase.settings = settings(
+        max_examples=100,
+        stateful_step_count=60,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 TestRandomLives = CoreMachine.TestCase
+TestRandomLivesWithStates = StateMachine.TestCase

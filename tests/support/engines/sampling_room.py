@@ -15,14 +15,16 @@ from twostroke.kv.cache.prefix import PrefixCache
 class Room:
     """A core and a runner without a thread: steps are taken by hand."""
 
-    def __init__(self, runner, policy=combined_policy, num_blocks=64, speculation=None, **limits):
+    def __init__(
+        self, runner, policy=combined_policy, num_blocks=64, speculation=None, *, bounds=None, caches=True, **limits
+    ):
         self.runner = runner
         self.pool = BlockPool(num_blocks, 16)
         limits = StepLimits(**limits)
         self.core = EngineCore(
-            CoreLimits(),
+            bounds or CoreLimits(),
             self.pool,
-            PrefixCache(self.pool),
+            PrefixCache(self.pool, enabled=caches),
             policy(limits),
             eos_ids=[1],
             key=b"cluster",

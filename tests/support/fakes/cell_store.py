@@ -44,6 +44,7 @@ class FakeStore:
         self.block_tokens = block_tokens
         self.cells: dict[tuple[int, int], tuple[int, bytes]] = {}
         self.host: FakeStore | None = None
+        self.states = {0: b""}  # in every state the cell of the last token that it covers
 
     def swap(self, op: SwapOutOp | SwapInOp) -> None:
         device, host = (op.block_table, op.generations), (op.host_table, op.host_generations)
@@ -66,7 +67,25 @@ class FakeStore:
             index = place // self.block_tokens
             self.cells[table[index], place % self.block_tokens] = (generations[index], cell)
 
+    def move_states(self, plan: StepPlan) -> None:
+        """Read and write the states of a step. Any state that is not this very prefix's is an error."""
+        assert len(plan.states) == len(plan.sequences)
+        places = [place for move in plan.states for place in (move.target, *(place for _, place in move.marks))]
+        assert not set(places) & {0, *(move.source for move in plan.states)}, "a step writes what it reads"
+        assert len(set(places)) == len(places), "a step writes one state twice"
+        for step, move in zip(plan.sequences, plan.states, strict=True):
+            before = self.read(step.block_table, step.generations, 0, step.start)
+            cell, due = self.states[move.source], {len(step.token_ids): move.target, **dict(move.marks)}
+            assert cell == (before[-1] if before else b""), "the state of another prefix"
+            for rows, token in enumerate(step.token_ids, 1):
+                cell = cell_after(cell, token)
+                if rows in due:
+                    self.states[due.pop(rows)] = cell
+            assert not due, "a mark behind the step's end"
+
     def run(self, plan: StepPlan) -> StepResult:
+        if plan.states:
+            self.move_states(plan)
         rows = []
         for step in plan.sequences:
             previous = self.read(step.block_table, step.generations, 0, step.start)
