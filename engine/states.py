@@ -50,8 +50,8 @@ class StateHoldings:
         covered, place = self.pool.furthest(sequence.findable, held)
         self.pool.retain(place)
         sequence.state_place = place
-        last = (len(sequence.tokens) - 1) // self._block_tokens * self._block_tokens
-        sequence.wanted_states |= {end for end in (held * HASH_BLOCK_TOKENS, last) if end > covered * HASH_BLOCK_TOKENS}
+        start, last = covered * HASH_BLOCK_TOKENS, (len(sequence.tokens) - 1) // self._block_tokens * self._block_tokens
+        sequence.wanted_states |= {end for end in (held * HASH_BLOCK_TOKENS, last) if end > start}
         return covered
 
     def want(self, sequence: Sequence, num_tokens: int) -> None:

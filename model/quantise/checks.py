@@ -76,7 +76,7 @@ def opened(directory: Path) -> Original:
             f"IN is {directory}, and {spec.architecture} has recurrent layers, which are not quantised here yet; serve "
             "it with --quantization int8, or take a quantised export of it"
         )
-    if stacked_parts(source.shapes()):
+    if any(not part.is_whole for part in stacked_parts(source.shapes()).values()):
         raise CheckpointError(
             f"IN is {directory}, whose experts are stacked with biases ({spec.architecture}): no loader reads them "
             "quantised one by one; take its MXFP4 release, or serve it with --quantization int8"

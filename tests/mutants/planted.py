@@ -17,6 +17,7 @@ import planted_responses
 import planted_router
 import planted_scaling
 import planted_speculation
+import planted_states
 import planted_workers
 
 _MACHINES = (
@@ -64,6 +65,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/store/store": ("tests/kv/test_store.py", "tests/kv/test_seal_in_place.py", "tests/kv/test_host_store.py"),
     "kv/store/host_store": ("tests/kv/test_host_store.py",),
     "kv/cache/residency": ("tests/kv/test_residency.py",),
+    "kv/cache/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "kv/block": ("tests/kv/test_identities.py",),
     "kv/keys": ("tests/kv/test_identities.py", "tests/core/test_proof.py"),
     "kv/slices": ("tests/worker/test_rank_work.py",),
@@ -111,7 +113,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/turn": ("tests/engine/test_turn.py", *_ENGINE, "tests/engine/test_swap.py"),
     "engine/swap": (*_ENGINE, "tests/engine/test_swap.py"),
     "engine/integrity": (*_ENGINE, "tests/engine/test_engine_lives.py"),
-    "engine/cache_manager": (*_ENGINE, "tests/engine/test_cache_manager.py"),
+    "engine/cache_manager": (*_ENGINE, "tests/engine/test_cache_manager.py", "tests/engine/test_states.py"),
+    "engine/scheduler": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_states.py"),
+    "engine/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "engine/report": ("tests/engine/test_report.py",),
     "engine/sequence": ("tests/engine/test_report.py", *_ENGINE),
     "engine/": (*_ENGINE, "tests/engine/test_fairness.py"),
@@ -247,4 +251,5 @@ MUTANTS = [
     *planted_adoption.MUTANTS,
     *planted_speculation.MUTANTS,
     *planted_models.MUTANTS,
+    *planted_states.MUTANTS,
 ]
