@@ -110,6 +110,7 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
     out.print(
         f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB per worker · context {plan.model.max_model_len:,} · "
         f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
+        + (f" · recurrent state {plan.model.state_bytes:,} bytes/sequence" if plan.model.state_bytes else "")
     )
     if config.speculation.method is not None:
         most = config.speculation.num_speculative_tokens

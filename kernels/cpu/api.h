@@ -142,6 +142,30 @@ struct HashBlock {
     int64_t block, unit, generation, number, tokens;
 };
 
+// Rows [row, row + count) of a sequence, the state from which it goes on, and its marks. A state: memory [heads, key_width,
+// value_width], and the last inputs of the convolution [num_taps - 1, channels].
+struct DeltaSpan {
+    const float *memory, *conv;
+    int32_t row, count, first_mark, num_marks;
+};
+
+// A state that receives a sequence's after so many of its rows, one at least.
+struct DeltaMark {
+    float *memory, *conv;
+    int32_t rows, reserved;
+};
+
+// One gated delta net in one step. Channels: queries and keys [key_heads * key_width] each, values [heads * value_width].
+struct Delta {
+    Rows x;                                        // [rows, channels]
+    const float *rates, *taps, *decay, *step_bias;  // [rows, 2 * heads]; [num_taps, channels]; [heads] each
+    float *mixed, *numbers;                        // scratch: [rows, channels]; [rows, heads, 3]
+    Rows out;                                      // [rows, heads * value_width]
+    const DeltaSpan* spans;
+    const DeltaMark* marks;  // those of a span one behind the other, ascending by rows
+    int32_t num_spans, num_taps, key_heads, heads, key_width, value_width;
+};
+
 // ---------------------------------------------------------------- library and threads
 
 // Name of the instruction set that decides the bits of answers.
@@ -192,6 +216,10 @@ void twostroke_gate(Threads* threads, const Rows* halves, const Rows* out, int32
 // delta: null, or rows that are added to x first; the sum is rounded to x's kind and stored in x (then vectors is 1).
 void twostroke_rms_norm(Threads* threads, const Rows* x, const Rows* delta, const float* weight, float eps,
                         int32_t vectors, int32_t width, const Rows* out);
+
+// Convolution and recurrence of all spans, token by token. Rows of `out` that belong to no span are left unchanged. No state that
+// is read may be written. heads is a multiple of key_heads.
+void twostroke_delta(Threads* threads, const Delta* job);
 
 // Rotate in place the first 2 * half numbers of each of `heads` vectors of `width` numbers per row.
 // cos and sin [rows, half] float32. Pairs are (i, i + half), or (2i, 2i + 1) if interleaved is 1.

@@ -35,6 +35,7 @@ SOURCES = tuple(  # longest compile first, so that all cores end together
         "linear/pack",
         "rows",
         "low_rank",
+        "delta",
         "head",
         "check",
         "layers",

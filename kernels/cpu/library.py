@@ -191,6 +191,38 @@ class HashBlock(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("block", "unit", "generation", "number", "tokens"))
 
 
+class DeltaSpan(ctypes.Structure):
+    """Rows of a sequence, the state from which it goes on, and its marks."""
+
+    _fields_ = (
+        ("memory", c_void_p),
+        ("conv", c_void_p),
+        ("row", c_int32),
+        ("count", c_int32),
+        ("first_mark", c_int32),
+        ("num_marks", c_int32),
+    )
+
+
+class DeltaMark(ctypes.Structure):
+    """A state that receives a sequence's after so many of its rows."""
+
+    _fields_ = (("memory", c_void_p), ("conv", c_void_p), ("rows", c_int32), ("reserved", c_int32))
+
+
+class Delta(ctypes.Structure):
+    """One gated delta net in one step."""
+
+    _fields_ = (
+        ("x", Rows),
+        *((name, c_void_p) for name in ("rates", "taps", "decay", "step_bias", "mixed", "numbers")),
+        ("out", Rows),
+        ("spans", c_void_p),  # of DeltaSpan
+        ("marks", c_void_p),  # of DeltaMark
+        *((name, c_int32) for name in ("num_spans", "num_taps", "key_heads", "heads", "key_width", "value_width")),
+    )
+
+
 _ROWS = POINTER(Rows)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "level": (ctypes.c_char_p, ()),
@@ -203,6 +235,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "add_changes": (None, (c_void_p, POINTER(AdapterRows), c_int32, c_int32, _ROWS, _ROWS)),
     "gate": (None, (c_void_p, _ROWS, _ROWS, c_int32, c_int32)),
     "rms_norm": (None, (c_void_p, _ROWS, _ROWS, c_void_p, c_float, c_int32, c_int32, _ROWS)),
+    "delta": (None, (c_void_p, POINTER(Delta))),
     "rotary": (None, (c_void_p, _ROWS, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32)),
     "extremes": (None, (c_void_p, _ROWS, c_int32, c_void_p, c_void_p, c_void_p)),
     "head": (None, (c_void_p, POINTER(Matrix), c_void_p, c_float, _ROWS, _ROWS, _ROWS, *[c_void_p] * 4)),

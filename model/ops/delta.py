@@ -135,6 +135,7 @@ def _unit(x: Tensor, shape: DeltaNet) -> Tensor:
 
 
 def _recur(rows: _Rows, spans: DeltaSpans, memories: Tensor, out: Tensor) -> None:
+    """Change and read memories [states, heads, key width, value width]; out [rows, heads, value width]."""
     memory = memories[spans.sources]  # [spans, heads, key width, value width]: a copy
     written = iter(spans.after)
     due = next(written, None)

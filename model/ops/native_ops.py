@@ -25,11 +25,12 @@ from ...kernels.reference import Planes
 from ...kv.block import BlockId
 from ..sampling.noise import F32
 from .composed import head, store_heads
-from .delta import DeltaJob, delta
+from .delta import DeltaJob
 from .extremes import Extremes
 from .int8 import described, to_int8
 from .native_changes import PackedChange
 from .native_changes import described as changes_at_once
+from .native_delta import native_job
 from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
 from .step import LayerStep
 
@@ -283,8 +284,13 @@ class NativeOps:
         return store_heads(self, qkv, num_heads, norms, step)
 
     def delta(self, x: Tensor, job: DeltaJob) -> Tensor:
-        """The definition."""
-        return delta(x, job)
+        """All in one call."""
+        shape = job.shape
+        out = torch.zeros(len(x), shape.num_value_heads, shape.value_width, dtype=x.dtype)
+        if job.spans is not None:
+            made, _held = native_job(x, job, out)
+            self._library.delta(self._threads, made)
+        return out
 
     def lay_out(self, spans: Sequence[Span], block_tokens: int) -> StepSpans:
         """A step's spans and block tables as the kernel reads them."""
