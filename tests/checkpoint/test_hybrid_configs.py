@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints.logits_oracle import assert_same_logits
+from support.checkpoints.quantised_checkpoints import as_fp8
 from support.checkpoints.tiny_families import VOCAB
 
 from twostroke.checkpoint.config_json import load_spec, spec_from_config
@@ -227,6 +228,21 @@ def test_stacked_experts_prediction_layers_and_nested_names_are_the_same_model(
     (expected,), (ours,) = make_hand(plain).logits([("a", 0, IDS)]), make_hand(other).logits([("a", 0, IDS)])
     assert torch.equal(ours, expected)
     assert load_spec(other).delta == load_spec(plain).delta
+
+
+def test_an_fp8_export_with_nested_names_is_its_own_dequantised_model(
+    family_directory: Callable[[str], Path], make_hand: Callable[..., Any], tmp_path: Path
+) -> None:
+    quantised, floats = tmp_path / "fp8", tmp_path / "floats"
+    as_fp8(family_directory("qwen3.5"), quantised, floats)
+    config = json.loads((quantised / "config.json").read_text())
+    outer = {"architectures": ["Qwen3_5ForConditionalGeneration"], "quantization_config": config["quantization_config"]}
+    (quantised / "config.json").write_text(json.dumps({**outer, "text_config": config, "vision_config": {"depth": 1}}))
+    tensors = load_file(quantised / "model.safetensors")
+    nested_names = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(nested_names, quantised / "model.safetensors")
+    (expected,), (ours,) = (make_hand(place).logits([("a", 0, IDS)]) for place in (floats, quantised))
+    assert torch.equal(ours, expected)
 
 
 def test_names_a_missing_tensor_of_a_recurrent_layer(

@@ -161,11 +161,37 @@ void cache() {
             }
 }
 
+// A gated delta net over two sequences, one of which goes on from a state and leaves two.
+void recurrence() {
+    constexpr int TAPS = 4, KEY_HEADS = 2, HEADS = 4, KEY = 30, VALUE = 24, ROWS = 9, STATES = 4;
+    constexpr int CHANNELS = 2 * KEY_HEADS * KEY + HEADS * VALUE, MEMORY = HEADS * KEY * VALUE, KEPT = (TAPS - 1) * CHANNELS;
+    for (int kind : {FLOAT32, BFLOAT16}) {
+        Memory x(ROWS * CHANNELS, kind, 41), rates(ROWS * 2 * HEADS, FLOAT32, 42, 3.0f), taps(TAPS * CHANNELS, FLOAT32, 43);
+        Memory decay(HEADS, FLOAT32, 44, 2.0f), bias(HEADS, FLOAT32, 45), mixed(4l * ROWS * CHANNELS), numbers(4l * ROWS * HEADS * 3);
+        for (int h = 0; h < HEADS; h++) ((float*)decay.data)[h] -= 2.5f;
+        Memory memories(STATES * MEMORY, FLOAT32, 46), convs(STATES * KEPT, FLOAT32, 47), out((int64_t)ROWS * HEADS * VALUE * bytes(kind));
+        float *memory = (float*)memories.data, *conv = (float*)convs.data;
+        const DeltaSpan spans[] = {{memory, conv, 0, 8, 0, 2}, {memory, conv, 8, 1, 2, 1}};
+        const DeltaMark marks[] = {{memory + MEMORY, conv + KEPT, 2, 0},
+                                   {memory + 2 * MEMORY, conv + 2 * KEPT, 8, 0},
+                                   {memory + 3 * MEMORY, conv + 3 * KEPT, 1, 0}};
+        Delta job{{x.data, CHANNELS, ROWS, kind}};
+        job.rates = (float*)rates.data, job.taps = (float*)taps.data, job.decay = (float*)decay.data;
+        job.step_bias = (float*)bias.data, job.mixed = (float*)mixed.data, job.numbers = (float*)numbers.data;
+        job.out = {out.data, HEADS * VALUE, ROWS, kind};
+        job.spans = spans, job.marks = marks, job.num_spans = 2, job.num_taps = TAPS;
+        job.key_heads = KEY_HEADS, job.heads = HEADS, job.key_width = KEY, job.value_width = VALUE;
+        twostroke_delta(threads, &job);
+        const std::string name = std::to_string(kind);
+        tell("delta " + name, out), tell("memories " + name, memories), tell("convs " + name, convs);
+    }
+}
+
 }  // namespace
 
 int main() {
     threads = twostroke_start_threads(2);
-    products(), rows(), cache();
+    products(), rows(), cache(), recurrence();
     twostroke_stop_threads(threads);
     std::fprintf(stderr, "%s %d\n", twostroke_level(), twostroke_self_check());
 }
