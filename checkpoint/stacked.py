@@ -10,7 +10,8 @@ Others, as Qwen3.5 and later, have matrices as they are used, and no bias:
 
     experts.gate_up_proj [experts, 2 * width, in]    gate, then up        experts.down_proj [experts, out, width]
 
-Our names are those of families that stack nothing: matrices [out, in] of each expert. MXFP4 stacks are in `quantised/mxfp4.py`.
+Our names are those of families that stack nothing: matrices [out, in] of each expert. MXFP4 stacks are in
+`quantised/mxfp4.py`.
 Source: transformers, models/gpt_oss/modular_gpt_oss.py and models/qwen3_5_moe/modular_qwen3_5_moe.py.
 """
 

@@ -112,7 +112,7 @@ def _convolved(x: Tensor, taps: Tensor, spans: DeltaSpans, convs: Tensor) -> Ten
 
 def _rows(mixed: Tensor, rates: Tensor, parts: DeltaParts, shape: DeltaNet) -> _Rows:
     widths = (shape.keys_width, shape.keys_width, shape.values_width)
-    queries, keys, values = torch.split(mixed, widths, dim=1)
+    queries, keys, values = torch.split(mixed, list(widths), dim=1)
     queries = _unit(queries, shape) * shape.key_width**-0.5
     keys = _unit(keys, shape)
     step, decay = rates.chunk(2, dim=1)

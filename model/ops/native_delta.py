@@ -21,12 +21,10 @@ def native_job(x: Tensor, job: DeltaJob, out: Tensor) -> tuple[native.Delta, Any
     convs, memories = states
     memory_bytes, conv_bytes = 4 * memories.stride(0), 4 * convs.stride(0)
     memory, conv = memories.data_ptr(), convs.data_ptr()
-    marks = [
-        (memory + memory_bytes * place, conv + conv_bytes * place, rows, 0)
-        for span in spans.spans
-        for rows, place in span.written
-    ]
-    all_marks = (native.DeltaMark * len(marks))(*marks)
+    written = [each for span in spans.spans for each in span.written]
+    all_marks = (native.DeltaMark * len(written))()
+    for mark, (rows, place) in zip(all_marks, written, strict=True):
+        mark.memory, mark.conv, mark.rows = memory + memory_bytes * place, conv + conv_bytes * place, rows
     all_spans = (native.DeltaSpan * len(spans.spans))()
     taken = 0
     for to, span in zip(all_spans, spans.spans, strict=True):

@@ -278,4 +278,4 @@ def gates_last(rows: Tensor, shape: PlainAttention) -> Tensor:
 def _by_kind(matrix: Tensor, shape: DeltaNet, rows: tuple[int, ...]) -> Tensor:
     """Rows that stand by key head, each with `rows` of every kind, ordered by kind instead."""
     heads = matrix.view(shape.num_key_heads, sum(rows), matrix.shape[1])
-    return torch.cat([part.flatten(0, 1) for part in torch.split(heads, rows, dim=1)])
+    return torch.cat([part.flatten(0, 1) for part in torch.split(heads, list(rows), dim=1)])

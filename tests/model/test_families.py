@@ -216,7 +216,9 @@ def test_sinks_act_in_these_models(kernels: str, family_directory: Callable[[str
     assert ((changed - real).abs().amax(-1) / real.abs().amax(-1)).min() > 1e-2  # every row
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "gpt-oss", "qwen3-next"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "gpt-oss", "qwen3-next"]
+)
 def test_tokens_choose_different_experts(
     name: str, family_directory: Callable[[str], Path], make_hand: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
