@@ -68,7 +68,8 @@ def test_texts_are_transformers_with_every_prompt_at_once(run_cluster, checkpoin
     for one, answer in zip(given, answers, strict=True):
         expected = model.generate(torch.tensor([one["prompt"]]), max_new_tokens=24, min_new_tokens=24, do_sample=False)
         assert list(answer.choices[0].token_ids) == expected[0, len(one["prompt"]) :].tolist()
-    assert sum(answer.usage.cached_tokens for answer in answers) >= 3 * 192  # three of four found the system prompt
+    # The second of four may come just after the first has passed the end of the system prompt; it marks the place.
+    assert sum(answer.usage.cached_tokens for answer in answers) >= 2 * 192
 
 
 def test_a_role_that_hands_over_is_refused_while_it_runs(run_cluster, checkpoint: Path) -> None:
