@@ -35,7 +35,7 @@ SOURCES = tuple(  # longest compile first, so that all cores end together
         "linear/pack",
         "rows",
         "low_rank",
-        "delta",
+        "recurrent/delta",
         "head",
         "check",
         "layers",

@@ -11,7 +11,8 @@ from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.core import CoreLimits
 from twostroke.engine.link.messages import CancelSequence, Source
 from twostroke.engine.plan import StateMove
-from twostroke.engine.states import STATES_PER_SEAT
+from twostroke.engine.sequence import new_sequence
+from twostroke.engine.states import STATES_PER_SEAT, StateHoldings
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.cache.pool import OutOfBlocks
 from twostroke.kv.cache.states import StatePool
@@ -153,6 +154,16 @@ def test_few_snapshots_cost_hits_and_never_a_token():
     assert ours.tokens == plain.tokens
     counters = dict(ours.core.load(0.0).counters)
     assert (counters["states"], counters["states_in_use"]) == (STATES_PER_SEAT * SEATS, 0)
+
+
+def test_a_snapshot_never_takes_the_state_that_another_sequence_of_the_step_needs():
+    pool = StatePool(STATES_PER_SEAT * 2, 16)
+    states = StateHoldings(pool, 16, num_seats=2)
+    works = [new_sequence(submit(f"r{i}", ids_of(120, seed=i), SHORT), i) for i in range(2)]
+    for work in works:
+        work.state_place, work.num_computed, work.wanted_states = pool.take(), 96, {112}
+    assert [states.move(work, 120).marks for work in works] == [(), ()]
+    states.check_integrity(works)
 
 
 def test_preempted_sequences_go_on_from_a_snapshot():
