@@ -10,7 +10,7 @@ from twostroke.core.errors import InternalError
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.core import CoreLimits
 from twostroke.engine.link.messages import CancelSequence, Source
-from twostroke.engine.plan import StateMove
+from twostroke.engine.plan import StateMove, StepResult
 from twostroke.engine.sequence import new_sequence
 from twostroke.engine.states import STATES_PER_SEAT, StateHoldings
 from twostroke.kv.block import BlockIdentity
@@ -164,6 +164,17 @@ def test_a_snapshot_never_takes_the_state_that_another_sequence_of_the_step_need
         work.state_place, work.num_computed, work.wanted_states = pool.take(), 96, {112}
     assert [states.move(work, 120).marks for work in works] == [(), ()]
     states.check_integrity(works)
+
+
+def test_a_step_whose_mask_is_late_is_computed_again_from_the_state_that_it_read():
+    at = room()
+    at.send(submit("a", SYSTEM[:40], SHORT))
+    at.hear(at.core.tick(0.0))
+    plan = at.core.plan(0.0)
+    at.runner.run(plan)
+    at.hear(at.core.apply(plan, StepResult(plan.step, ((),), deferred=frozenset({SequenceKey("a", 0)})), 0.0))
+    at.run()
+    assert at.tokens["a"] == room().run(submit("a", SYSTEM[:40], SHORT)).tokens["a"]
 
 
 def test_preempted_sequences_go_on_from_a_snapshot():
