@@ -27,7 +27,6 @@ MUTANTS = [
         "        source.emit_read(kind)\n        yield from _text(source, kind)",
         "        yield from _text(source, kind)",
     ),
-    Mutant("text/parsing/harmony.py", 'in ("<", "")', 'in ("<",)'),
     Mutant("text/parsing/harmony.py", "Kind.REASONING if reading.is_thinking else Kind.CONTENT", "Kind.CONTENT"),
     Mutant("text/tokenizer.py", "if token.special}\n    return tuple(special", "}\n    return tuple(special"),
 ]
