@@ -42,7 +42,7 @@ from twostroke.model.weights.weights import check_tensors
 from twostroke.text.templates.template import ChatTemplate
 from twostroke.text.tokenizer import Tokenizer
 
-KINDS = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, *BLOCK_SCALES]
+KINDS = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.MXFP4, *BLOCK_SCALES]
 _SLIDES = {"head_dim": 24, "sliding_window": 20, "query_pre_attn_scalar": 24, "tie_word_embeddings": True}
 _GEMMA3 = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},

@@ -143,7 +143,7 @@ def test_intermediate_values_are_those_of_the_largest_part_of_a_layer(large: Pat
     assert found.per_row == 128256 * 12
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "deepseek-v2-lite"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "deepseek-v2-lite", "gpt-oss"])
 def test_every_family_has_intermediate_values(family: str, family_directory: Callable[[str], Path]):
     spec = load_spec(family_directory(family))
     assert step_bytes(spec, "float32").per_token == 2 * step_bytes(spec, "bfloat16").per_token > 8 * spec.hidden_size

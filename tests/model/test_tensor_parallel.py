@@ -99,7 +99,7 @@ def test_pads_vocabularies_and_widths_that_do_not_divide(family: TinyFamily, siz
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["llama-biases", "mixtral", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["llama-biases", "mixtral", "deepseek-v3", "gpt-oss"])
 def test_reads_gguf_for_each_rank(
     name: str, size: int, family_directory: Callable[[str], Path], tmp_path: Path
 ) -> None:

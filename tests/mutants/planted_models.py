@@ -22,5 +22,11 @@ MUTANTS = [
     ),
     Mutant("model/ops/elementwise.py", "up.clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)", "up.clamp(max=CLAMPED_LIMIT)"),
     Mutant("checkpoint/gguf/special_ids.py", "if tokens[i] != _MESSAGE_END]", "if True]"),
+    Mutant(
+        "text/parsing/harmony.py",
+        "        source.emit_read(kind)\n        yield from _text(source, kind)",
+        "        yield from _text(source, kind)",
+    ),
+    Mutant("text/parsing/harmony.py", "Kind.REASONING if reading.is_thinking else Kind.CONTENT", "Kind.CONTENT"),
     Mutant("text/tokenizer.py", "if token.special}\n    return tuple(special", "}\n    return tuple(special"),
 ]

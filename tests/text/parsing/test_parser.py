@@ -181,6 +181,30 @@ def test_reasoning_that_the_prompt_began_ends_with_its_tag():
     assert told(events) == ("Yes.", "I see.", [])
 
 
+HARMONY = Parsers("harmony", "harmony")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1', "yes", " \n[1, 2", "12", "Alas, a final answer"])
+def test_an_answer_that_a_rule_asks_of_harmony_streams_without_a_header(text: str):
+    parser = OutputParser(HARMONY, "<|start|>assistant", TOOLS)
+    told_so_far = told(parser.push(text[:-1]))[0] + told(parser.push(text[-1]))[0]
+    assert told_so_far.strip() == text.strip()  # at once, and so also if it is cut
+    assert told_so_far + told(parser.finish(is_cut=True))[0] == text
+
+
+def test_a_harmony_prompt_that_ends_within_reasoning_goes_on_there():
+    begun = "<|start|>assistant<|channel|>analysis<|message|>"
+    output = "I see.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    assert told(parse([output], HARMONY, begun, TOOLS)) == ("Yes.", "I see.", [])
+
+
+@pytest.mark.parametrize("before", ["", " ", "assistant", "analysis"])
+def test_headers_of_harmony_may_lack_their_first_tag(before: str):
+    header = "<|message|>" if before == "analysis" else "<|channel|>analysis<|message|>"
+    call = "<|end|><|start|>assistant to=functions.f<|channel|>commentary<|message|>{}<|call|>"
+    assert told(parse([before + header + "Hm." + call], HARMONY, "", TOOLS)) == ("", "Hm.", [("f", "{}")])
+
+
 def test_reasoning_stays_content_without_its_parser():
     events = parse(["<think>I see.</think>Yes."], Parsers("hermes", "none"), "", TOOLS)
     assert told(events) == ("<think>I see.</think>Yes.", "", [])
