@@ -1,4 +1,4 @@
-"""A gated delta net between its projections, as a job of `kernels/cpu/recurrent/delta.cpp`. Knows addresses, no model."""
+"""A gated delta net between its projections, as a job of `kernels/cpu/recurrent/delta.cpp`. Knows no model."""
 
 from __future__ import annotations
 
