@@ -644,6 +644,8 @@ class FetchRequest(_message.Message):
     ISOLATION_DOMAIN_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     first_token: _builtins.int
     """place of the first one in its sequence"""
     layer_start: _builtins.int
@@ -657,6 +659,9 @@ class FetchRequest(_message.Message):
     timeout_ms: _builtins.int
     adapter: _builtins.bytes
     """content hash, empty: none"""
+    request_id: _builtins.str
+    """for whom: a draining worker waits until those it gave back are fetched. Empty: for nobody"""
+    choice: _builtins.int
     @_builtins.property
     def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """hash blocks, 16 bytes each, a chain in order"""
@@ -678,10 +683,12 @@ class FetchRequest(_message.Message):
         isolation_domain: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
         adapter: _builtins.bytes = ...,
+        request_id: _builtins.str = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "choice", b"choice", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "request_id", b"request_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

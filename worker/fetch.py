@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from ..core.request import Epoch
+from ..core.request import Epoch, SequenceKey
 from ..engine.facts import FaceFacts
 from ..engine.link.client import EngineClient
 from ..kv.block import IDENTITY_BYTES, BlockIdentity
@@ -20,6 +21,7 @@ from ..kv.messages import scope_from_wire
 from ..kv.section import SectionData
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
+from .departing import Departing
 
 MAX_IDENTITIES = 65_536  # a million tokens
 
@@ -27,9 +29,14 @@ MAX_IDENTITIES = 65_536  # a million tokens
 class FetchService:
     """Serves cached blocks of one cache scope. The guard has checked before that the caller may ask."""
 
-    def __init__(self, facts: FaceFacts, dispatcher: EngineClient) -> None:
+    def __init__(
+        self, facts: FaceFacts, dispatcher: EngineClient, counters: Counter[str], departing: Departing | None = None
+    ) -> None:
+        """`departing` is told of every fetch on behalf of a choice."""
         self._facts = facts
         self._dispatcher = dispatcher
+        self._counters = counters
+        self._departing = departing
 
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
         """Handler of Blocks.Fetch: yields frames of the longest leading part that is held, in order.
@@ -37,6 +44,20 @@ class FetchService:
         Blocks of another isolation domain or adapter than the request's count as not held.
         """
         wanted = await _parsed(request, context)
+        if self._departing is None or not wanted.request_id:
+            async for frame in self._frames(wanted):
+                yield frame
+            return
+        key, is_whole = SequenceKey(wanted.request_id, wanted.choice), False
+        self._departing.fetch_began(key)
+        try:
+            async for frame in self._frames(wanted):
+                yield frame
+            is_whole = True
+        finally:
+            self._departing.fetch_ended(key, is_whole=is_whole)
+
+    async def _frames(self, wanted: handover_pb2.FetchRequest) -> AsyncIterator[bytes]:
         identities = [BlockIdentity(identity) for identity in wanted.identities]
         root = self._facts.namer.root(scope_from_wire(wanted))
         step = self._identities_per_frame()
@@ -58,7 +79,10 @@ class FetchService:
                     token_count,
                     names,
                 )
-                yield encode_frame(label, select(found.sections, wanted), is_last=last)
+                sections = select(found.sections, wanted)
+                self._counters["fetch_served_blocks"] += found.num_blocks
+                self._counters["fetch_served_bytes"] += sum(section.num_bytes for section in sections)
+                yield encode_frame(label, sections, is_last=last)
             if found.num_blocks < len(asked):
                 return
 

@@ -34,7 +34,10 @@ class Orders:
         for index in unfinished:
             left_s = run.left_s(now_s)
             key, peers, emitted_ids = SequenceKey(run.name, index), choice.prefill_peers, run.delivery.ids_of(index)
-            order = submit_to_wire(key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids)
+            sources = choice.winner.sources
+            order = submit_to_wire(
+                key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids, sources=sources
+            )
             if not self._driver.send(dispatch.decode, order):
                 return False
             count_work(self._fleet, run.facts, index, choice, now_s, is_leading=index == unfinished[0])

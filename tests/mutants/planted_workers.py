@@ -18,7 +18,7 @@ _DECODE = [
     ),
     Mutant("decode_worker/choice.py", "logprobs[start - first_index :][: len(counted)]", "logprobs[: len(counted)]"),
     Mutant("decode_worker/task.py", "        self._pull_waits = False\n        host", "        host"),
-    Mutant("decode_worker/task.py", "        elif not self._has_asked:  #", "        else:  #"),
+    Mutant("decode_worker/task.py", "        if not self._has_asked:\n", "        if True:\n"),
     Mutant("decode_worker/task.py", "                self._is_put_off = True\n", ""),
     Mutant("decode_worker/ledger.py", "self._newest.get(router, {})  #", "self._newest[router]  #"),
     Mutant(
@@ -40,8 +40,8 @@ _DECODE = [
     Mutant("decode_worker/task.py", '            self._pull.cancel("ended")\n', ""),
     Mutant(
         "decode_worker/task.py",
-        "        if not self.order.peers or self._verdict is not None:\n",
-        "        if not self.order.peers:\n",
+        "        if not (self.order.peers or self.order.sources) or self._verdict is not None:\n",
+        "        if not (self.order.peers or self.order.sources):\n",
     ),
     Mutant("decode_worker/task.py", "            identity_root=order.prompt.names.root,\n", ""),
     Mutant("decode_worker/task.py", "            emitted_tokens=order.num_emitted,\n", ""),
@@ -60,8 +60,8 @@ _DECODE = [
     Mutant("decode_worker/task.py", "            self._pull.bound()  # else", "            pass  # else"),
     Mutant(
         "decode_worker/task.py",
-        "        if self._pull is not None and self._pull_waits:\n            self._pull.bound()",
-        "        if self._pull is not None:\n            self._pull.bound()",
+        "        elif self._pull is not None and self._pull_waits:\n            self._pull.bound()",
+        "        elif self._pull is not None:\n            self._pull.bound()",
     ),
     Mutant("decode_worker/service.py", '            older.cancel("a newer dispatch")\n', "            pass\n"),
     Mutant(

@@ -6,6 +6,7 @@ identity serialisers; kv/handover/frames.py defines the format of the bytes.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -64,6 +65,18 @@ class ByteStream(Protocol):
         ...
 
 
+class OpenedStream(ByteStream, Protocol):
+    """The side that opened a stream, and ends it."""
+
+    async def finish(self) -> None:
+        """End our direction; envelopes sent before still arrive."""
+        ...
+
+    def close(self) -> None:
+        """End the stream now."""
+        ...
+
+
 class ServerStream:
     """The prefill worker's side of a Transfer."""
 
@@ -119,6 +132,38 @@ class ClientStream:
         self._call.cancel()
 
 
+class FetchStream:
+    """The asking side of a Fetch; the one envelope that is sent is the request. `close` must be called."""
+
+    def __init__(self, ask: Callable[[bytes], grpc.aio.UnaryStreamCall[bytes, bytes]]) -> None:
+        self._ask = ask
+        self._call: grpc.aio.UnaryStreamCall[bytes, bytes] | None = None
+        self._asked = asyncio.Event()
+
+    async def send(self, envelope: bytes) -> None:
+        """Implements `ByteStream.send`: begins the call."""
+        self._call = self._ask(envelope)
+        self._asked.set()
+
+    async def receive(self) -> bytes | None:
+        """Implements `ByteStream.receive`; waits until the request is sent."""
+        await self._asked.wait()
+        assert self._call is not None
+        try:
+            message = await self._call.read()
+        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
+            return None
+        return message if isinstance(message, bytes) else None  # grpc.aio.EOF
+
+    async def finish(self) -> None:
+        """Implements `OpenedStream.finish`: the request was the last that is sent."""
+
+    def close(self) -> None:
+        """End the call now."""
+        if self._call is not None:
+            self._call.cancel()
+
+
 class Channels:
     """One channel per peer address, kept for all hand-overs to it."""
 
@@ -150,6 +195,14 @@ class Channels:
         method: Any = self.to(address).unary_stream(FETCH)
         frames: AsyncIterator[bytes] = method(request, timeout=timeout_s).__aiter__()
         return frames
+
+    def fetch_stream(self, address: str, timeout_s: float) -> FetchStream:
+        """Ask a worker for cached blocks: send the request, then frame envelopes come.
+
+        If the peer refuses or cannot be reached, the stream ends at once.
+        """
+        method: Any = self.to(address).unary_stream(FETCH)
+        return FetchStream(lambda request: method(request, timeout=timeout_s))
 
     async def close(self) -> None:
         """Close every channel; streams that are still open end."""
