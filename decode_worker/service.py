@@ -84,6 +84,10 @@ class DecodeService:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             pass
+        return self.hand_back(gave_back)
+
+    def hand_back(self, gave_back: Callable[[list[SequenceKey]], None] | None = None) -> int:
+        """Cancel all runs while draining: their routers send them to other workers. Returns their number."""
         if gave_back is not None:
             gave_back([run.order.key for run in self._ledger.runs])
         return self.cancel_all("draining")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from ..core.request import Epoch, SequenceKey
 from ..engine.facts import FaceFacts
 from ..engine.link.client import EngineClient
+from ..engine.link.messages import BlocksFetched
 from ..kv.block import IDENTITY_BYTES, BlockIdentity
 from ..kv.handover.frames import FrameLabel, encode_frame
 from ..kv.handover.machine import Label
@@ -39,10 +40,7 @@ class FetchService:
         self._departing = departing
 
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
-        """Handler of Blocks.Fetch: yields frames of the longest leading part that is held, in order.
-
-        Blocks of another isolation domain or adapter than the request's count as not held.
-        """
+        """Handler of Blocks.Fetch: yields frames of the longest leading part that is held, in order."""
         wanted = await _parsed(request, context)
         if self._departing is None or not wanted.request_id:
             async for frame in self._frames(wanted):
@@ -58,33 +56,66 @@ class FetchService:
             self._departing.fetch_ended(key, is_whole=is_whole)
 
     async def _frames(self, wanted: handover_pb2.FetchRequest) -> AsyncIterator[bytes]:
-        identities = [BlockIdentity(identity) for identity in wanted.identities]
-        root = self._facts.namer.root(scope_from_wire(wanted))
-        step = self._identities_per_frame()
-        sequence = 0
-        for first in range(0, len(identities), step):
-            asked = identities[first : first + step]
-            first_token = wanted.first_token + first * HASH_BLOCK_TOKENS
-            found = await self._dispatcher.fetch(asked, first_token, root)
-            if found.num_blocks:
-                sequence += 1
-                names = tuple(asked[: found.num_blocks])
-                last = found.num_blocks < len(asked) or first + step >= len(identities)
-                token_count = found.num_blocks * HASH_BLOCK_TOKENS
-                label = FrameLabel(
-                    Label("", 0, Epoch(0, 0)),
-                    sequence,
-                    self._facts.model.numerics_class,
-                    first_token,
-                    token_count,
-                    names,
-                )
-                sections = select(found.sections, wanted)
-                self._counters["fetch_served_blocks"] += found.num_blocks
-                self._counters["fetch_served_bytes"] += sum(section.num_bytes for section in sections)
-                yield encode_frame(label, sections, is_last=last)
-            if found.num_blocks < len(asked):
-                return
+        answer = FetchAnswer(wanted, self._facts, self._counters)
+        while (part := answer.next_part()) is not None:
+            frame = answer.frame(await self._dispatcher.fetch(part.identities, part.first_token, answer.root))
+            if frame is not None:
+                yield frame
+
+
+class FetchPart(NamedTuple):
+    """Blocks that one frame may hold."""
+
+    identities: tuple[BlockIdentity, ...]
+    first_token: int
+
+
+class FetchAnswer:
+    """Answer to one request, frame by frame, until a block is not held. Pure: the driver asks the engine for each part.
+
+    Blocks of another isolation domain or adapter than the request's count as not held.
+    """
+
+    def __init__(self, wanted: handover_pb2.FetchRequest, facts: FaceFacts, counters: Counter[str]) -> None:
+        """`wanted`: a request that `why_malformed` finds no fault in."""
+        self.root = facts.namer.root(scope_from_wire(wanted))
+        self._wanted = wanted
+        self._facts = facts
+        self._counters = counters
+        self._identities = [BlockIdentity(identity) for identity in wanted.identities]
+        self._first = 0  # of the part that is next
+        self._num_frames = 0
+        self._is_over = False
+
+    def next_part(self) -> FetchPart | None:
+        """The blocks to read next; None: nothing follows. `frame` must be called with them."""
+        if self._is_over or self._first >= len(self._identities):
+            return None
+        asked = self._identities[self._first : self._first + self._identities_per_frame()]
+        return FetchPart(tuple(asked), self._wanted.first_token + self._first * HASH_BLOCK_TOKENS)
+
+    def frame(self, found: BlocksFetched) -> bytes | None:
+        """The frame of the last part, of which these blocks are held; None: of none."""
+        part = self.next_part()
+        assert part is not None, "no part was asked for"
+        self._first += len(part.identities)
+        self._is_over = found.num_blocks < len(part.identities)
+        if not found.num_blocks:
+            return None
+        self._num_frames += 1
+        sections = select(found.sections, self._wanted)
+        self._counters["fetch_served_blocks"] += found.num_blocks
+        self._counters["fetch_served_bytes"] += sum(section.num_bytes for section in sections)
+        label = FrameLabel(
+            Label("", 0, Epoch(0, 0)),
+            self._num_frames,
+            self._facts.model.numerics_class,
+            part.first_token,
+            found.num_blocks * HASH_BLOCK_TOKENS,
+            part.identities[: found.num_blocks],
+        )
+        is_last = self._is_over or self._first >= len(self._identities)
+        return encode_frame(label, sections, is_last=is_last)
 
     def _identities_per_frame(self) -> int:
         facts = self._facts
@@ -123,18 +154,26 @@ def _cut(start: int, count: int, wanted_start: int, wanted_count: int) -> slice:
     return slice(max(0, wanted_start - start), end - start)
 
 
+def why_malformed(wanted: handover_pb2.FetchRequest) -> str:
+    """What is wrong with a request, as text; empty if nothing is."""
+    if any(len(identity) != IDENTITY_BYTES for identity in wanted.identities):
+        return f"an identity is not {IDENTITY_BYTES} bytes"
+    if len(wanted.identities) > MAX_IDENTITIES:
+        return f"{len(wanted.identities)} identities; at most {MAX_IDENTITIES} at once"
+    if wanted.first_token % HASH_BLOCK_TOKENS:
+        return f"first_token is {wanted.first_token}; must be a multiple of {HASH_BLOCK_TOKENS}"
+    return ""
+
+
 async def _parsed(request: bytes, context: ServerContext) -> handover_pb2.FetchRequest:
     try:
         wanted = handover_pb2.FetchRequest.FromString(request)
     except DecodeError:
         await _refuse(context, "not a FetchRequest")
         raise
-    if any(len(identity) != IDENTITY_BYTES for identity in wanted.identities):
-        await _refuse(context, f"an identity is not {IDENTITY_BYTES} bytes")
-    if len(wanted.identities) > MAX_IDENTITIES:
-        await _refuse(context, f"{len(wanted.identities)} identities; at most {MAX_IDENTITIES} at once")
-    if wanted.first_token % HASH_BLOCK_TOKENS:
-        await _refuse(context, f"first_token is {wanted.first_token}; must be a multiple of {HASH_BLOCK_TOKENS}")
+    why = why_malformed(wanted)
+    if why:
+        await _refuse(context, why)
     return wanted
 
 

@@ -106,8 +106,8 @@ class BlockFetch:
 
     def on_frame(self, frame: FetchedFrame, now_s: float) -> list[Action]:
         """A frame arrived. Store its planes only if the answer has a Write."""
-        if self.end is not None:
-            return []
+        if self.end is not None or frame.sequence <= self._num_frames:
+            return []  # late, or a duplicate
         self._heard_s = now_s
         fault = self._fault(frame)
         if fault:
