@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from ..core.request import CacheScope, SequenceKey
 from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.damage import verify_frame
@@ -20,7 +21,6 @@ from ..kv.handover.machine import Action, AskBlocks, Close, Fetched, Write
 from ..kv.messages import scope_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
-from .order import Order
 from .pull import KvPullTools
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,25 @@ class FetchHost(StreamHost, Protocol):
         ...
 
 
+class Lacking(Protocol):
+    """A sequence that lacks blocks."""
+
+    @property
+    def key(self) -> SequenceKey:
+        """Its name in the cluster; empty: nobody waits for this fetch."""
+        ...
+
+    @property
+    def engine_key(self) -> SequenceKey:
+        """Its name in the engine."""
+        ...
+
+    @property
+    def scope(self) -> CacheScope:
+        """Cache scope of its blocks."""
+        ...
+
+
 class KvFetch:
     """One fetch, from the request to its last stored block. The host reads the stream; all calls come on its loop."""
 
@@ -41,7 +60,7 @@ class KvFetch:
         self,
         fetch: BlockFetch,
         host: FetchHost,
-        order: Order,
+        order: Lacking,
         tools: KvPullTools,
         over: Callable[[Fetched], None],
     ) -> None:

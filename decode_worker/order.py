@@ -16,7 +16,7 @@ from .sources import MOST_SOURCES, BlockSource
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A prefill worker that may compute the prompt."""
+    """A prefill worker that may compute the prompt, or a worker that keeps a copy."""
 
     worker_id: str
     incarnation: int
@@ -37,6 +37,7 @@ class Order:
     num_emitted: int  # trailing prompt ids that the client has received already
     priority: int
     serial: int  # of this worker's orders
+    buddy: Peer | None = None  # it keeps a copy of the blocks as they fill
     sources: tuple[BlockSource, ...] = ()  # ranked; asked for blocks before anything is computed
 
     @property
@@ -79,6 +80,7 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
         params=params,
         scope=scope,
         peers=tuple(_peer(p) for p in message.prefill_peers),
+        buddy=_peer(message.buddy) if message.HasField("buddy") else None,
         sources=tuple(_source(s) for s in message.block_sources[:MOST_SOURCES]),
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,

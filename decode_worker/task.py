@@ -36,6 +36,7 @@ from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
 from .choice import ChoiceText
 from .fetch import FetchHost, KvFetch
+from .journaling import Journaling
 from .order import Order
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import REFUSALS, KvPull, KvPullTools
@@ -55,6 +56,7 @@ class DecodeTaskTools:
     pull: KvPullTools
     channels: Channels
     adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
+    journal: Journaling | None = None  # None: no stream has a buddy
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
         """Open a hand-over stream to a prefill worker for a sequence."""
@@ -132,6 +134,8 @@ class DecodeTask:
         )
         if not (order.peers or order.sources):
             self.told.local_reason = "ordered"
+        if self._tools.journal is not None:
+            self._tools.journal.begin(order)
 
     def cancel(self, reason: str, verdict: FinishReason = FinishReason.CANCELLED) -> None:
         """End the run: its blocks are freed at the next step boundary, here and at the peer."""
@@ -343,6 +347,8 @@ class DecodeTask:
             return
         if not spoken.token_ids:
             return
+        if self._tools.journal is not None:
+            self._tools.journal.grew(self.order.engine_key, spoken.token_ids, has_kv=self._pull is None)
         self.timeline.mark(Instant.FIRST_TOKEN, now_s)
         if spoken.first_index + len(spoken.token_ids) - self.order.num_emitted > 1:
             self.timeline.mark(Instant.SECOND_TOKEN, now_s)
@@ -364,6 +370,8 @@ class DecodeTask:
 
     def _end(self, event: link.Ended) -> None:
         """The engine has freed the sequence: report the end to the router, exactly once."""
+        if self._tools.journal is not None:
+            self._tools.journal.end(self.order.engine_key)
         if self._fetch is not None:
             self._fetch.cancel()
             self._fetch = None

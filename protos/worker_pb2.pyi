@@ -308,6 +308,7 @@ class Submit(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     EMITTED_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    BUDDY_FIELD_NUMBER: _builtins.int
     BLOCK_SOURCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     choice: _builtins.int
@@ -333,6 +334,10 @@ class Submit(_message.Message):
         """ranked; empty: prefill locally"""
 
     @_builtins.property
+    def buddy(self) -> Global___PrefillPeer:
+        """worker that keeps a copy of this choice's blocks as they fill; absent: none does"""
+
+    @_builtins.property
     def block_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockSource]:
         """ranked; asked for blocks before anything is computed; empty: nobody is"""
 
@@ -350,11 +355,12 @@ class Submit(_message.Message):
         timeout_ms: _builtins.int = ...,
         emitted_tokens: _builtins.int = ...,
         priority: _builtins.int = ...,
+        buddy: Global___PrefillPeer | None = ...,
         block_sources: _abc.Iterable[Global___BlockSource] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buddy", b"buddy", "epoch", b"epoch", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_sources", b"block_sources", "choice", b"choice", "emitted_tokens", b"emitted_tokens", "epoch", b"epoch", "isolation_domain", b"isolation_domain", "prefill_peers", b"prefill_peers", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_sources", b"block_sources", "buddy", b"buddy", "choice", b"choice", "emitted_tokens", b"emitted_tokens", "epoch", b"epoch", "isolation_domain", b"isolation_domain", "prefill_peers", b"prefill_peers", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,8 +34,8 @@ from ..prefill_worker.task import PrefillTask, PrefillTaskTools
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router.routing import facts as router_facts
 from ..router.routing.facts import WorkerKey
-from ..worker.departure import Departure, hand_back_after_s
-from ..worker.fetch import FetchAnswer, FetchPart
+from ..worker.blocks.departure import Departure, hand_back_after_s
+from ..worker.blocks.fetch import FetchAnswer, FetchPart
 from ..worker.watch import FaceLoad, Watchers
 from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
@@ -281,7 +281,7 @@ class WorkerNode:
         return SimFetchHost(self._place, near, f"{key.request_id}#{key.choice} fetch")
 
     def accept_fetch(self, end: End, request: handover_pb2.FetchRequest) -> None:
-        """Serve cached blocks, as worker/fetch.py does."""
+        """Serve cached blocks, as worker/blocks/fetch.py does."""
         end.on_message = lambda _: None  # the request may come twice
         answer, key = FetchAnswer(request, self.facts, Counter()), SequenceKey(request.request_id, request.choice)
         self.departure.fetch_began(key, self.world.now_s())

@@ -21,9 +21,11 @@ from ..core.errors import ConfigError, DeviceFault, InternalError
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
 from ..core.ports import bindable_host, check_port, target
-from ..core.request import Role
+from ..core.request import Role, SequenceKey
 from ..core.tls.callers import Caller
 from ..core.tls.identity import TlsIdentity, add_port
+from ..decode_worker.journal import Journal, JournalLimits
+from ..decode_worker.journaling import Journaling
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.task import DecodeTaskTools
@@ -43,10 +45,11 @@ from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
 from .adapters import WorkerAdapters
 from .announcer import Announcer
+from .blocks.departing import Departing
+from .blocks.departure import hand_back_after_s
+from .blocks.fetch import FetchService
+from .blocks.keep import KeepService
 from .build import BuiltEngine, build_engine
-from .departing import Departing
-from .departure import hand_back_after_s
-from .fetch import FetchService
 from .gpu.export import to_wire
 from .gpu.nvml import Library
 from .gpu.verdict import Verdict
@@ -61,9 +64,10 @@ from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "session.1")
+CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "blocks.keep.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
+NOBODY = SequenceKey("", 0)
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
 STOP_S = 5.0  # longest time for the engine's last step
 
@@ -187,6 +191,7 @@ class WorkerProcess:
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
             await asyncio.to_thread(self._room.close)
             self.decode.close()
+            self._journal.close()
             if self.rings is not None:
                 self.rings.close()
         for task in self._tasks:
@@ -285,9 +290,12 @@ class WorkerProcess:
         self._metrics.adapters = lambda: table.served
         self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
         pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, **common)
-        self.decode = DecodeService(
-            DecodeTaskTools(facts, pull, self._channels, table), room.tokenizer, settings.orphan_grace_s
-        )
+        limits = JournalLimits(settings.cache.journal_bytes_per_s)
+        journal = Journal(limits, facts.model.kv_spec.bytes_per_token, facts.block_tokens)
+        self._journal = Journaling(journal, self._channels, self._clock, self.counters, lambda: self.address)
+        decoding = DecodeTaskTools(facts, pull, self._channels, table, self._journal)
+        self.keep = KeepService(facts, pull, lambda address, s: decoding.connect_source(NOBODY, address, s))
+        self.decode = DecodeService(decoding, room.tokenizer, settings.orphan_grace_s)
         job = PrefillTaskTools(
             numerics_class=facts.model.numerics_class, open_memory=open_ring, adapters=table, **common
         )
@@ -348,7 +356,7 @@ class WorkerProcess:
     async def _bind(self) -> None:
         host, port = self._host(), self.settings.port
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
-        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
+        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch, self.keep.keep))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
         enable_reflection(server)

@@ -6,7 +6,7 @@
 
 A fetch never fails its request: whatever ends it, the leading tokens that are stored are kept, and the rest is fetched
 from another holder or computed. The source answers with what it holds, so an answer may end early ("short").
-Duties of the caller are those of machine.py; the source's frames are those of `Blocks.Fetch` (worker/fetch.py).
+Duties of the caller are those of machine.py; the source's frames are those of `Blocks.Fetch` (worker/blocks/fetch.py).
 """
 
 from __future__ import annotations

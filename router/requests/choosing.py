@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ...core.request import Request, Role
 from ...kv.block import BlockIdentity
+from ..routing.buddies import buddy_of
 from ..routing.known_worker import Worker
 from ..routing.policy import RoutingDecision, Source, choose
 from ..routing.views import views_of
@@ -45,6 +46,8 @@ class Chooser:
         usable = run.identities if request.sampling.prompt_logprobs is None or run.has_output else ()
         expected, sources = prefixes.expected(usable, now_s), self._sources(run, usable)
         choice = choose(run.facts, views_of(workers), expected, self._limits.policy, sources)
+        if choice is not None and self._limits.has_buddies:
+            choice = replace(choice, buddy=buddy_of(choice, views_of(workers), expected))
         if choice is not None:
             # Later requests can use the prefix on the worker that computes it, not yet on the decode worker.
             prefixes.predict([choice.winner.computes.worker_id], run.identities, now_s)

@@ -82,6 +82,7 @@ def _dispatch(run: RequestState, dispatch: Dispatch) -> dict[str, Any]:
         "prefill_peers": [peer.worker_id for peer in dispatch.choice.prefill_peers],
         "block_sources": [source.view.worker_id for source in dispatch.choice.winner.sources],
         "fetched": dispatch.fetched,
+        "buddy": None if dispatch.choice.buddy is None else dispatch.choice.buddy.worker_id,
         "resumed_tokens": list(dispatch.resumed),
         "first_token_ms": None if first_s is None else _ms(first_s - run.arrived_s),
         "timeline": _instants_ms(run, dispatch.timeline),

@@ -169,6 +169,7 @@ class RoutingDecision:
     reason: str
     refused: tuple[RefusedPair, ...] = ()  # pairs that would have been candidates
     asked: Asked | None = None  # None: another policy's
+    buddy: WorkerView | None = None  # keeps a copy of the stream's KV; not part of the comparison
 
 
 def choose(

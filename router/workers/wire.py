@@ -137,10 +137,7 @@ def submit_to_wire(
         emitted_tokens=len(emitted_ids),
         sampling=sampling_to_wire(sampling),
         **scope_to_wire(request.cache_scope),
-        prefill_peers=[
-            worker_pb2.PrefillPeer(worker_id=p.worker_id, incarnation=p.key.incarnation, address=p.address)
-            for p in peers
-        ],
+        prefill_peers=[peer_to_wire(peer) for peer in peers],
         block_sources=[
             worker_pb2.BlockSource(
                 worker_id=s.view.worker_id,
@@ -153,6 +150,11 @@ def submit_to_wire(
         timeout_ms=max(1, round(left_s * 1e3)),
         priority=LOWEST_PRIORITY - request.priority,  # on the wire a higher number goes first
     )
+
+
+def peer_to_wire(peer: WorkerView) -> worker_pb2.PrefillPeer:
+    """A worker as orders name it to another one."""
+    return worker_pb2.PrefillPeer(worker_id=peer.worker_id, incarnation=peer.key.incarnation, address=peer.address)
 
 
 def cancel_to_wire(name: str, epoch: Epoch, reason: str) -> worker_pb2.CancelRequest:

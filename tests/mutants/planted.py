@@ -230,7 +230,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
-    "worker/departure": ("tests/worker/test_departure.py",),
+    "worker/blocks/departure": ("tests/worker/test_departure.py",),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (
         "tests/worker/test_announcer.py",

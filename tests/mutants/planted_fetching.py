@@ -30,11 +30,11 @@ MUTANTS = [
     Mutant("decode_worker/task.py", "            self._held_tokens = fetched.stored_upto\n", ""),
     Mutant("decode_worker/task.py", "self.told.tokens_fetched and left < MOST_LEFT_TOKENS", "False"),
     Mutant("decode_worker/fetch.py", "        self._carrier.do(self.fetch.cancel())\n", "        pass\n"),
-    Mutant("worker/departure.py", "        if is_whole:\n", "        if True:\n"),
-    Mutant("worker/departure.py", "        if not self._running[key]:\n", "        if True:\n"),
-    Mutant("worker/departure.py", "        if self._running:\n", "        if False:\n"),
-    Mutant("worker/departure.py", "max(kept_s, grace_s * MOVE_SHARE)", "grace_s"),
-    Mutant("worker/fetch.py", "        self._is_over = found.num_blocks < len(part.identities)\n", ""),
+    Mutant("worker/blocks/departure.py", "        if is_whole:\n", "        if True:\n"),
+    Mutant("worker/blocks/departure.py", "        if not self._running[key]:\n", "        if True:\n"),
+    Mutant("worker/blocks/departure.py", "        if self._running:\n", "        if False:\n"),
+    Mutant("worker/blocks/departure.py", "max(kept_s, grace_s * MOVE_SHARE)", "grace_s"),
+    Mutant("worker/blocks/fetch.py", "        self._is_over = found.num_blocks < len(part.identities)\n", ""),
     Mutant("router/requests/choosing.py", "if w.can_give and held.get(", "if held.get("),
     Mutant(
         "router/requests/choosing.py", "        if not (run.dispatches or run.has_output):\n", "        if False:\n"

@@ -204,12 +204,16 @@ _CLUSTER = [
     Mutant(
         "worker/announcer.py", "            failures = 0 if reached else failures + 1\n", "            failures += 1\n"
     ),
-    Mutant("worker/fetch.py", "scope_from_wire(wanted)", "scope_from_wire(handover_pb2.FetchRequest())"),
-    Mutant("worker/fetch.py", "self._wanted.first_token + self._first * HASH_BLOCK_TOKENS", "self._wanted.first_token"),
-    Mutant("worker/fetch.py", "                digests=section.digests[layers, heads],\n", ""),
-    Mutant("worker/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
+    Mutant("worker/blocks/fetch.py", "scope_from_wire(wanted)", "scope_from_wire(handover_pb2.FetchRequest())"),
     Mutant(
-        "worker/fetch.py",
+        "worker/blocks/fetch.py",
+        "self._wanted.first_token + self._first * HASH_BLOCK_TOKENS",
+        "self._wanted.first_token",
+    ),
+    Mutant("worker/blocks/fetch.py", "                digests=section.digests[layers, heads],\n", ""),
+    Mutant("worker/blocks/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
+    Mutant(
+        "worker/blocks/fetch.py",
         "            part.identities[: found.num_blocks],\n",
         "            part.identities,\n",
     ),

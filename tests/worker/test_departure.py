@@ -3,7 +3,7 @@
 import pytest
 
 from twostroke.core.request import SequenceKey
-from twostroke.worker.departure import HAND_BACK_S, QUIET_S, Departure, hand_back_after_s
+from twostroke.worker.blocks.departure import HAND_BACK_S, QUIET_S, Departure, hand_back_after_s
 
 A, B = SequenceKey("a", 0), SequenceKey("b", 0)
 

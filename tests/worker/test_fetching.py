@@ -10,7 +10,7 @@ from twostroke.core.request import Role
 from twostroke.decode_worker.sources import MOST_LEFT_TOKENS
 from twostroke.kv.config import CacheConfig
 from twostroke.protos import worker_pb2
-from twostroke.worker.fetch import FetchService
+from twostroke.worker.blocks.fetch import FetchService
 
 PROMPT_TOKENS = 300
 NUM_TOKENS = 60

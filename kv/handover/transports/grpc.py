@@ -20,6 +20,7 @@ HANDOVER_SERVICE = "twostroke.v1.Handover"
 BLOCKS_SERVICE = "twostroke.v1.Blocks"
 TRANSFER = f"/{HANDOVER_SERVICE}/Transfer"
 FETCH = f"/{BLOCKS_SERVICE}/Fetch"
+KEEP = f"/{BLOCKS_SERVICE}/Keep"
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A frame has at most 16 MiB of planes (CacheConfig.frame_bytes); orders and pieces of snapshots are smaller."""
@@ -47,6 +48,7 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
 ServerContext = grpc.aio.ServicerContext[bytes, bytes]
 TransferHandler = Callable[[AsyncIterator[bytes], ServerContext], Awaitable[None]]
 FetchHandler = Callable[[bytes, ServerContext], AsyncIterator[bytes]]
+KeepHandler = Callable[[bytes, ServerContext], Awaitable[bytes]]
 
 
 class ByteStream(Protocol):
@@ -204,6 +206,16 @@ class Channels:
         method: Any = self.to(address).unary_stream(FETCH)
         return FetchStream(lambda request: method(request, timeout=timeout_s))
 
+    async def keep(self, address: str, request: bytes, timeout_s: float) -> bytes:
+        """Offer blocks to a worker; returns its reply.
+
+        Raises:
+            grpc.RpcError: the peer refused or is unreachable.
+        """
+        method: Any = self.to(address).unary_unary(KEEP)
+        reply: bytes = await method(request, timeout=timeout_s)
+        return reply
+
     async def close(self) -> None:
         """Close every channel; streams that are still open end."""
         channels, self._channel_by_address = list(self._channel_by_address.values()), {}
@@ -211,10 +223,13 @@ class Channels:
             await channel.close()
 
 
-def handlers(transfer: TransferHandler, fetch: FetchHandler) -> list[grpc.GenericRpcHandler]:
+def handlers(transfer: TransferHandler, fetch: FetchHandler, keep: KeepHandler) -> list[grpc.GenericRpcHandler]:
     """Handlers of the two raw-bytes services, for a worker's server."""
     handover: dict[str, Any] = {"Transfer": grpc.stream_stream_rpc_method_handler(_any(transfer))}
-    blocks: dict[str, Any] = {"Fetch": grpc.unary_stream_rpc_method_handler(_any(fetch))}
+    blocks: dict[str, Any] = {
+        "Fetch": grpc.unary_stream_rpc_method_handler(_any(fetch)),
+        "Keep": grpc.unary_unary_rpc_method_handler(_any(keep)),
+    }
     return [
         grpc.method_handlers_generic_handler(HANDOVER_SERVICE, handover),
         grpc.method_handlers_generic_handler(BLOCKS_SERVICE, blocks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.fakes.list_router import Router
+from support.fakes.list_router import MODEL, Router
 
 from twostroke.core import errors
 from twostroke.core.request import Role, SamplingParams
@@ -12,7 +12,8 @@ from twostroke.protos import worker_pb2
 from twostroke.router.requests.lifecycle import MAX_RESUMED_DISPATCHES
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.requests.suspects import PROOF_TOKENS
-from twostroke.router.routing.facts import WorkerKey
+from twostroke.router.routing.buddies import KEEPS
+from twostroke.router.routing.facts import WorkerFacts, WorkerKey
 from twostroke.router.routing.policy import PolicyLimits
 
 LONG = SamplingParams(max_tokens=100)
@@ -430,3 +431,19 @@ def test_a_worker_that_cannot_answer_is_no_source() -> None:
         router.pass_s(0.0)
         assert placed(run) != key
         assert list(router.orders[-1].block_sources) == [], fault
+
+
+def test_each_stream_has_a_buddy_where_copies_are_wanted() -> None:
+    for has_buddies in (False, True):
+        router = Router(has_buddies=has_buddies)
+        for name in ("a", "b"):
+            facts = WorkerFacts(name, 1, Role.COMBINED, f"{name}:1", MODEL, 1000, 16, 16, 2048, capabilities=(KEEPS,))
+            router.roster.announced(facts, router.now_s)
+            router.roster.session_up(facts.key, facts, router.now_s)
+            router.up.add(facts.key)
+        run = router.ask(sampling=LONG)
+        (order,) = router.orders
+        assert order.HasField("buddy") == has_buddies
+        if has_buddies:
+            assert {placed(run).worker_id, order.buddy.worker_id} == {"a", "b"}
+            assert order.buddy.address == f"{order.buddy.worker_id}:1"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ..core.request import SequenceKey
+from ...core.request import SequenceKey
 
 HAND_BACK_S = 1.5  # least time of a drain's grace that is left when running work is handed back
 HAND_BACK_SHARE = 0.2  # at most, of a short grace

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 
-from ..core.clock import Clock
-from ..core.request import SequenceKey
+from ...core.clock import Clock
+from ...core.request import SequenceKey
 from .departure import Departure
 
 

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError
 
-from ..core.request import Epoch, SequenceKey
-from ..engine.facts import FaceFacts
-from ..engine.link.client import EngineClient
-from ..engine.link.messages import BlocksFetched
-from ..kv.block import IDENTITY_BYTES, BlockIdentity
-from ..kv.handover.frames import FrameLabel, encode_frame
-from ..kv.handover.machine import Label
-from ..kv.handover.transports.grpc import ServerContext
-from ..kv.messages import scope_from_wire
-from ..kv.section import SectionData
-from ..kv.spec import HASH_BLOCK_TOKENS
-from ..protos import handover_pb2
+from ...core.request import Epoch, SequenceKey
+from ...engine.facts import FaceFacts
+from ...engine.link.client import EngineClient
+from ...engine.link.messages import BlocksFetched
+from ...kv.block import IDENTITY_BYTES, BlockIdentity
+from ...kv.handover.frames import FrameLabel, encode_frame
+from ...kv.handover.machine import Label
+from ...kv.handover.transports.grpc import ServerContext
+from ...kv.messages import scope_from_wire
+from ...kv.section import SectionData
+from ...kv.spec import HASH_BLOCK_TOKENS
+from ...protos import handover_pb2
 from .departing import Departing
 
 MAX_IDENTITIES = 65_536  # a million tokens
