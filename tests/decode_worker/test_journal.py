@@ -90,7 +90,8 @@ def test_what_a_buddy_lost_is_offered_again():
     made.answered(made.next(0.0), 192, 0.0)
     made.grew(A, 300)
     made.answered(made.next(0.0), 64, 0.0)  # it has evicted some
-    assert made.next(2.0) == Offer(A, 288)
+    made.grew(B, 161)
+    assert made.next(2.0) == Offer(A, 288), "it would lose most"
 
 
 def test_a_run_that_is_over_is_not_offered_and_its_answer_is_nothing():

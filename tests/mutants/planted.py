@@ -130,6 +130,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "decode_worker/router_session": ("tests/decode_worker/test_router_session.py", *_SESSION),
     "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION, "tests/worker/test_fetching.py"),
+    "decode_worker/journal": ("tests/decode_worker/test_journal.py",),
     "decode_worker/sources": ("tests/decode_worker/test_sources.py",),
     "decode_worker/fetch": ("tests/worker/test_fetching.py",),
     "decode_worker/": (*_SESSION, "tests/worker/test_worker_handover.py", "tests/worker/test_worker_faults.py"),
@@ -149,6 +150,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "router/requests/flow": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/links": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
+    "router/routing/buddies": ("tests/router/routing/test_buddies.py",),
     "router/routing/policy": (*_PURE, "tests/router/routing/test_fetches.py"),
     "router/routing/recorded": (
         "tests/router/routing/test_fetches.py",
@@ -230,6 +232,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
+    "worker/blocks/keep": ("tests/worker/test_why_not_kept.py", "tests/worker/test_keeping.py"),
     "worker/blocks/departure": ("tests/worker/test_departure.py",),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (
