@@ -44,6 +44,8 @@ VOCABULARY = 4096
 
 def load(path: Path) -> ModuleType:
     """A module of the tests, by its file."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))  # for the helpers that tests share
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
