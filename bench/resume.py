@@ -138,9 +138,9 @@ class Heard:
         pairs = zip(self.times_s, self.times_s[1:], strict=False)
         return max((1e3 * (later - one) for one, later in pairs if later > since_s), default=0.0)
 
-    def mean_gap_ms(self) -> float:
-        """Mean time between two pieces."""
-        return 1e3 * (self.times_s[-1] - self.times_s[0]) / (len(self.times_s) - 1)
+    def median_gap_ms(self) -> float:
+        """Median time between two pieces."""
+        return 1e3 * statistics.median(b - a for a, b in zip(self.times_s, self.times_s[1:], strict=False))
 
 
 def decoders(tests: Any, cluster: Any, count: int) -> dict[str, int]:
@@ -196,7 +196,7 @@ def trial(tests: Any, cluster: Any, client: openai.OpenAI, prompt: list[int], ar
 
 
 def undisturbed(client: openai.OpenAI, prompts: list[list[int]]) -> float:
-    """Streams at once; returns their mean time between tokens, in ms."""
+    """Streams at once; returns the mean of their median times between tokens, in ms."""
     heard = [Heard() for _ in prompts]
     threads = [
         threading.Thread(target=one.listen, args=(client, prompt, NUM_TOKENS))
@@ -206,7 +206,7 @@ def undisturbed(client: openai.OpenAI, prompts: list[list[int]]) -> float:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
-    return statistics.fmean(one.mean_gap_ms() for one in heard)
+    return statistics.fmean(one.median_gap_ms() for one in heard)
 
 
 def measure_pauses(words: list[str]) -> int:
