@@ -22,6 +22,7 @@ TERMS = {
     "decode_queue_ms": "queue D",
     "load_penalty_ms": "load",
     "throttle_ms": "slow",
+    "fetch_ms": "fetch",
     "total_ms": "total",
 }
 MAX_CANDIDATES = 12  # lines of the table; --json has all
@@ -87,9 +88,11 @@ def candidates(choice: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for one in shown:
         mark = "> " if one == choice["winner"] else "  "
+        sources = one.get("fetched_from") or []
         pair = [one["prefill_worker"], one["decode_worker"]] if one["prefill_worker"] else [one["decode_worker"]]
+        name = f"{sources[0]} >> {pair[-1]}" if sources else " + ".join(pair)
         numbers = [_number(one.get(name) or 0.0) for name in terms]
-        table.add_row(Text(mark + " + ".join(pair)), f"{one['prefill_held_tokens']:,}", *numbers)
+        table.add_row(Text(mark + name), f"{one['prefill_held_tokens']:,}", *numbers)
     return table
 
 
@@ -107,6 +110,8 @@ def attempts(told: Mapping[str, Any]) -> Iterator[Text]:
         where = f"{peers[0]} + {one['decode_worker']}" if peers else one["decode_worker"]
         resumed = sum(one["resumed_tokens"])
         title = f"attempt {number}: {where}" + (f", after {resumed:,} tokens" if resumed else "")
+        for source, tokens in (one.get("fetched") or {}).items():
+            title += f", {tokens:,} tokens fetched from {source}"
         # A finished attempt has the request's own instants; one that was left has those that its worker told.
         marks = dict(one["timeline"]) if one.get("left") or len(dispatches) > 1 else dict(told["timeline"])
         marks = {name: at_ms for name, at_ms in marks.items() if at_ms >= one["at_ms"]}

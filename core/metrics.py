@@ -115,6 +115,17 @@ HANDOVER_EXPIRED = Metric(
 HANDOVER_GARBLED = Metric(
     "twostroke_handover_garbled", Kind.COUNTER, "Envelopes on hand-over streams that could not be read"
 )
+FETCHED_BLOCKS = Metric(
+    "twostroke_fetched_blocks",
+    Kind.COUNTER,
+    "Hash blocks fetched from other workers' caches for requests that go on here",
+)
+FETCHED_BYTES = Metric("twostroke_fetched_bytes", Kind.COUNTER, "Bytes of fetches from other workers' caches")
+SERVED_BLOCKS = Metric(
+    "twostroke_fetch_served_blocks", Kind.COUNTER, "Hash blocks that other workers fetched from here"
+)
+SERVED_BYTES = Metric("twostroke_fetch_served_bytes", Kind.COUNTER, "Bytes of these blocks, without headers")
+FETCH_FAILURES = Metric("twostroke_fetch_failures", Kind.COUNTER, "Fetches that ended otherwise than complete or short")
 ITERATION_TOKENS = Metric(
     "vllm:iteration_tokens_total", Kind.HISTOGRAM, "Tokens computed in an engine step", buckets.STEP_TOKENS
 )
@@ -148,6 +159,11 @@ COUNTED_BY_ENGINES = {
     ),
     HANDOVER_EXPIRED: ("handover_aborted_silent",),
     HANDOVER_GARBLED: ("handover_garbled",),
+    FETCHED_BLOCKS: ("fetched_blocks",),
+    FETCHED_BYTES: ("fetched_bytes",),
+    SERVED_BLOCKS: ("fetch_served_blocks",),
+    SERVED_BYTES: ("fetch_served_bytes",),
+    FETCH_FAILURES: tuple(f"fetch_{end}" for end in ("empty", "closed", "silent", "protocol", "corrupted", "deadline")),
 }
 """Each metric is the sum of these counters of a load report."""
 

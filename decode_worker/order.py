@@ -11,11 +11,12 @@ from ..engine.facts import ModelFacts
 from ..kv.messages import epoch_from_wire, sampling_from_wire, scope_from_wire
 from ..kv.recent_prompts import NamedPrompt, RecentPrompts
 from ..protos import worker_pb2
+from .sources import MOST_SOURCES, BlockSource
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A prefill worker that may compute the prompt."""
+    """A prefill worker that may compute the prompt, or a worker that keeps a copy."""
 
     worker_id: str
     incarnation: int
@@ -36,6 +37,8 @@ class Order:
     num_emitted: int  # trailing prompt ids that the client has received already
     priority: int
     serial: int  # of this worker's orders
+    buddy: Peer | None = None  # it keeps a copy of the blocks as they fill
+    sources: tuple[BlockSource, ...] = ()  # ranked; asked for blocks before anything is computed
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -77,6 +80,8 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
         params=params,
         scope=scope,
         peers=tuple(_peer(p) for p in message.prefill_peers),
+        buddy=_peer(message.buddy) if message.HasField("buddy") else None,
+        sources=tuple(_source(s) for s in message.block_sources[:MOST_SOURCES]),
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,
         priority=message.priority,
@@ -86,3 +91,8 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
 
 def _peer(message: worker_pb2.PrefillPeer) -> Peer:
     return Peer(message.worker_id, message.incarnation, check_address(message.address, "prefill_peers.address"))
+
+
+def _source(message: worker_pb2.BlockSource) -> BlockSource:
+    address = check_address(message.address, "block_sources.address")
+    return BlockSource(message.worker_id, message.incarnation, address, message.num_blocks)

@@ -11,6 +11,7 @@ from ..core.life import Life, Transfer
 from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
 from ..engine.link import messages as link
+from ..kv.handover.fetching import BlockFetch
 from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
 from ..kv.spec import KvSpec
 from ..protos import common_pb2, worker_pb2
@@ -46,6 +47,10 @@ class HandoverTotals:
     prefill_cached_tokens: int = 0
     refetched_blocks: int = 0
     recomputed_tokens: int = 0
+    tokens_fetched: int = 0  # cached blocks of other workers
+    bytes_fetched: int = 0
+    fetched_from: str = ""  # the last worker that gave some
+    fetch_end: str = ""  # of the last fetch
     timeline: Timeline | None = None  # of the last hand-over
     transfers: list[Transfer] = field(default_factory=list)
 
@@ -56,10 +61,19 @@ class HandoverTotals:
         if counters.frame_bytes:
             self.transport = pull.receiver.transport
             self.transport_reason, self.bytes_per_s = pull.transport_reason, pull.bytes_per_s
-        self.tokens_moved += max(0, pull.receiver.stored_upto - self.tokens_held)
+        self.tokens_moved += max(0, pull.receiver.stored_upto - self.tokens_held - self.tokens_fetched)
         self.refetched_blocks += pull.refetched_blocks
         self.prefill_cached_tokens = pull.prefill_cached_tokens
         self.timeline = pull.timeline
+
+    def add_fetch(self, source: str, fetch: BlockFetch) -> None:
+        """Add the counts of a fetch that is over."""
+        tokens = fetch.stored_upto - fetch.wanted.first_token
+        self.tokens_fetched += tokens
+        self.bytes_fetched += fetch.num_bytes
+        self.fetch_end = "" if fetch.end is None else fetch.end.value
+        if tokens:
+            self.fetched_from = source
 
     def complete(self, pull: KvPull) -> None:
         """Record that a peer computed the prompt and all of its KV arrived."""
@@ -83,7 +97,7 @@ def life_of(order: Order, ending: Ending, told: HandoverTotals, timeline: Timeli
     received_s = _received_s(timeline)
     num_prompt = len(order.prompt_ids) - order.num_emitted
     cached = min(ending.event.cached_tokens or told.tokens_held, num_prompt)
-    moved = min(told.tokens_moved, num_prompt - cached)
+    moved = min(told.tokens_moved + told.tokens_fetched, num_prompt - cached)
     return Life(
         prompt_tokens=num_prompt,
         max_tokens=order.params.max_tokens,
@@ -95,7 +109,7 @@ def life_of(order: Order, ending: Ending, told: HandoverTotals, timeline: Timeli
         gaps_s=gaps_s,
         cached_tokens=cached,
         computed_tokens=num_prompt - cached - moved,
-        asked_tokens=told.tokens_asked,
+        asked_tokens=told.tokens_asked + told.tokens_fetched,
         moved_tokens=moved,
         transfers=tuple(told.transfers),
     )
@@ -183,4 +197,8 @@ def _handover(told: HandoverTotals, spec: KvSpec) -> worker_pb2.HandoverReport:
         recomputed_tokens=told.recomputed_tokens,
         local_reason=told.local_reason,
         tokens_asked=told.tokens_asked,
+        tokens_fetched=told.tokens_fetched,
+        bytes_fetched=told.bytes_fetched,
+        fetched_from=told.fetched_from,
+        fetch_end=told.fetch_end,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from ..core.lease import ORPHAN_GRACE_S
-from ..core.request import FinishReason
+from ..core.request import FinishReason, SequenceKey
 from ..kv.messages import epoch_from_wire, error_to_wire
 from ..kv.recent_prompts import RecentPrompts
 from ..protos import common_pb2, worker_pb2
@@ -74,13 +74,22 @@ class DecodeService:
         finally:
             self.lose(session)
 
-    async def drain(self, timeout_s: float) -> int:
-        """Refuse new orders and let runs end for `timeout_s`; returns the number cancelled then."""
+    async def drain(self, timeout_s: float, gave_back: Callable[[list[SequenceKey]], None] | None = None) -> int:
+        """Refuse new orders and let runs end for `timeout_s`; returns the number cancelled then.
+
+        `gave_back` is called with those, since their routers have other workers go on with them.
+        """
         self.is_draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             pass
+        return self.hand_back(gave_back)
+
+    def hand_back(self, gave_back: Callable[[list[SequenceKey]], None] | None = None) -> int:
+        """Cancel all runs while draining: their routers send them to other workers. Returns their number."""
+        if gave_back is not None:
+            gave_back([run.order.key for run in self._ledger.runs])
         return self.cancel_all("draining")
 
     def cancel_all(self, reason: str) -> int:

@@ -1,8 +1,9 @@
 """Task of one choice of one request, from its order to its end on this worker. Knows no session and no text rules.
 
     order ─▶ engine Submit ─▶ Promised ─▶ pull from the first peer ─▶ KvComplete ─▶ tokens … ─▶ Ended
-                                 │             │ lost: the next peer, or ─┐
-                                 └─ no peer, or all but < 16 tokens held ─┴─▶ local prefill
+                                 │  │          ▲ │ lost: the next peer, or ─┐
+                                 │  └ fetch from a source ── all but a few fetched ─┤
+                                 └─ no peer, or all but < 16 tokens held ───────────┴─▶ local prefill
 
 The engine's `Ended` is the only end: it proves that the blocks are free. The reason of an end that was decided earlier
 (a stop string, a cancel, the deadline) is kept in `_verdict` until then.
@@ -23,8 +24,9 @@ from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import SequenceEvent
 from ..kv.handover.carrier import StreamHost
-from ..kv.handover.driver import ClientDriver
-from ..kv.handover.machine import GotFirstToken, Label, Lost
+from ..kv.handover.driver import ClientDriver, FetchDriver
+from ..kv.handover.fetching import BlockFetch
+from ..kv.handover.machine import Fetched, GotFirstToken, Label, Lost
 from ..kv.handover.pairing import CAPABILITIES
 from ..kv.handover.plane_channel import SHM, LentRing
 from ..kv.handover.receiver import Receiver
@@ -33,10 +35,13 @@ from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..protos import handover_pb2
 from .choice import ChoiceText
+from .fetch import FetchHost, KvFetch
+from .journaling import Journaling
 from .order import Order
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import REFUSALS, KvPull, KvPullTools
 from .report import Ending, HandoverTotals, end_message, life_of
+from .sources import MOST_LEFT_TOKENS, SourceLine
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +56,19 @@ class DecodeTaskTools:
     pull: KvPullTools
     channels: Channels
     adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
+    journal: Journaling | None = None  # None: no stream has a buddy
 
     def connect(self, key: SequenceKey, address: str) -> StreamHost:
         """Open a hand-over stream to a prefill worker for a sequence."""
         del key
         pull = self.pull
         return ClientDriver(self.channels.transfer(address), pull.clock, pull.executor, pull.timing.silence_s)
+
+    def connect_source(self, key: SequenceKey, address: str, timeout_s: float) -> FetchHost:
+        """Open a stream of cached blocks from another worker for a sequence."""
+        del key
+        pull, stream = self.pull, self.channels.fetch_stream(address, timeout_s)
+        return FetchDriver(stream, pull.clock, pull.executor, pull.timing.silence_s)
 
 
 class DecodeTask:
@@ -85,6 +97,9 @@ class DecodeTask:
         self._verdict: FinishReason | None = None
         self._pull: KvPull | None = None
         self._peers = list(order.peers)
+        self._fetch: KvFetch | None = None
+        self._sources = SourceLine(order.sources, order.prompt.names.identities, len(order.prompt_ids))
+        self._fetch_waits = False  # for the engine's Bound
         self._has_bound = False
         self._has_asked = False
         self._is_put_off = False  # the engine has answered NotYet
@@ -106,7 +121,7 @@ class DecodeTask:
         dispatcher.send(
             link.Submit(
                 key=order.engine_key,
-                source=link.Source.PEER if order.peers else link.Source.LOCAL,
+                source=link.Source.PEER if order.peers or order.sources else link.Source.LOCAL,
                 prompt_ids=order.prompt_ids,
                 identities=names.identities,
                 identity_root=names.root,
@@ -117,14 +132,18 @@ class DecodeTask:
                 adapter_slot=self.adapter_slot,
             )
         )
-        if not order.peers:
+        if not (order.peers or order.sources):
             self.told.local_reason = "ordered"
+        if self._tools.journal is not None:
+            self._tools.journal.begin(order)
 
     def cancel(self, reason: str, verdict: FinishReason = FinishReason.CANCELLED) -> None:
         """End the run: its blocks are freed at the next step boundary, here and at the peer."""
         if self._verdict is None:
             self._verdict = verdict
             self._tools.pull.dispatcher.send(link.CancelSequence(self.order.engine_key, verdict))
+        if self._fetch is not None:
+            self._fetch.cancel()
         if self._pull is not None:
             self._pull.cancel(reason)
 
@@ -142,7 +161,9 @@ class DecodeTask:
                 if self._pull is not None and self._pull_waits:
                     self._pull.not_yet()
             case link.KvWritten(_, token_start, token_count):
-                if self._pull is not None:
+                if self._fetch is not None:
+                    self._fetch.written(token_start, token_count)
+                elif self._pull is not None:
                     self._pull.written(token_start, token_count)
             case link.TokenNews():
                 self._say(event)
@@ -154,19 +175,64 @@ class DecodeTask:
     def _promised(self, held_tokens: int) -> None:
         self._mark(Instant.PROMISED)
         self._held_tokens = self.told.tokens_held = held_tokens
-        if not self.order.peers or self._verdict is not None:
+        if not (self.order.peers or self.order.sources) or self._verdict is not None:
             return
         if len(self.order.prompt_ids) - held_tokens < HASH_BLOCK_TOKENS:
             # Less than a block is missing: a hand-over would take longer than computing it here.
             self._go_local("under_a_block_missing", held_tokens, None)
+        elif self._sources.may_help(held_tokens):
+            self._fetch_waits = True
+            self._ask_bind()
         else:
-            self._pull_from_next()
+            self._get_rest("ordered")
 
     def _bound(self) -> None:
         self._has_bound = True
         self._mark(Instant.BOUND)
-        if self._pull is not None and self._pull_waits:
+        if self._fetch_waits:
+            self._fetch_waits = False
+            self._fetch_from_next()
+        elif self._pull is not None and self._pull_waits:
             self._pull.bound()  # else a lost peer had asked for it: the present one has not sent Started yet
+
+    # ------------------------------------------------------------------ blocks that other workers hold
+
+    def _fetch_from_next(self) -> None:
+        """Fetch from the next source that may have more than is here; without one, get the rest as ordered."""
+        if self._verdict is not None:
+            return
+        source = self._sources.next(self._held_tokens)
+        if source is None:
+            self._get_rest("fetched" if self.told.tokens_fetched else "not_fetched")
+            return
+        order, pull, model = self.order, self._tools.pull, self._tools.facts.model
+        now_s = pull.clock.now_s()
+        wanted = self._sources.wanted(self._held_tokens, model.numerics_class if model.deterministic else None)
+        fetch = BlockFetch(wanted, pull.timing.silence_s, self._deadline_s, now_s)
+        host = self._tools.connect_source(order.engine_key, source.address, max(0.001, self._deadline_s - now_s))
+
+        def over(fetched: Fetched) -> None:
+            self.told.add_fetch(source.worker_id, fetch)
+            self._sources.ended(fetched.end)
+            self._held_tokens = fetched.stored_upto
+            self._fetch = None
+            self._fetch_from_next()
+
+        self._fetch = KvFetch(fetch, host, order, pull, over)
+
+    def _get_rest(self, reason: str) -> None:
+        """Have a peer compute what is missing; or compute it here: without peers, or if a fetch left only a little."""
+        left = len(self.order.prompt_ids) - self._held_tokens
+        if self._peers and not (self.told.tokens_fetched and left < MOST_LEFT_TOKENS):
+            self._pull_from_next()
+        else:
+            self._go_local(reason, self._held_tokens, None)
+
+    def _ask_bind(self) -> None:
+        """Ask the engine to bind blocks, unless it was asked before; `_bound` follows."""
+        if not self._has_asked:
+            self._has_asked = True
+            self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
 
     # ------------------------------------------------------------------ the hand-over
 
@@ -221,9 +287,8 @@ class DecodeTask:
             self._pull.bound()
         elif self._is_put_off:
             self._pull.not_yet()  # Bound will come
-        elif not self._has_asked:  # else the answer to an earlier peer's question is on its way
-            self._has_asked = True
-            self._tools.pull.dispatcher.send(link.Bind(self.order.engine_key))
+        else:  # or the answer to an earlier question is on its way
+            self._ask_bind()
 
     def first_token_came(self, first: GotFirstToken) -> None:
         """Implements `PullOwner.first_token_came`."""
@@ -282,6 +347,8 @@ class DecodeTask:
             return
         if not spoken.token_ids:
             return
+        if self._tools.journal is not None:
+            self._tools.journal.grew(self.order.engine_key, spoken.token_ids, has_kv=self._pull is None)
         self.timeline.mark(Instant.FIRST_TOKEN, now_s)
         if spoken.first_index + len(spoken.token_ids) - self.order.num_emitted > 1:
             self.timeline.mark(Instant.SECOND_TOKEN, now_s)
@@ -303,6 +370,11 @@ class DecodeTask:
 
     def _end(self, event: link.Ended) -> None:
         """The engine has freed the sequence: report the end to the router, exactly once."""
+        if self._tools.journal is not None:
+            self._tools.journal.end(self.order.engine_key)
+        if self._fetch is not None:
+            self._fetch.cancel()
+            self._fetch = None
         if self._pull is not None:
             self._pull.cancel("ended")
             self.told.add(self._pull)

@@ -58,6 +58,12 @@ class CacheConfig(Section):
         description="shared memory per worker for hand-overs to it; those beyond it go through grpc",
     )
 
+    journal_bytes_per_s: float = Field(
+        64 << 20,
+        gt=0,
+        description="KV that a worker offers to the buddies of its streams, at most (router.kv_journal)",
+    )
+
     @model_validator(mode="after")
     def _requires_something(self) -> CacheConfig:
         if self.require_transport and self.transport == "auto":

@@ -232,7 +232,9 @@ def scope_to_wire(scope: CacheScope) -> dict[str, Any]:
     return {"isolation_domain": scope.isolation_domain, "adapter": scope.adapter}
 
 
-def scope_from_wire(message: worker_pb2.Submit | handover_pb2.Open | handover_pb2.FetchRequest) -> CacheScope:
+def scope_from_wire(
+    message: worker_pb2.Submit | handover_pb2.Open | handover_pb2.FetchRequest | handover_pb2.KeepRequest,
+) -> CacheScope:
     """The cache scope that a message carries."""
     return CacheScope(message.isolation_domain, message.adapter)
 

@@ -34,7 +34,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class HandoverUp(_message.Message):
-    """Raw-bytes methods: /twostroke.v1.Handover/Transfer and /twostroke.v1.Blocks/Fetch."""
+    """Raw-bytes methods: /twostroke.v1.Handover/Transfer, /twostroke.v1.Blocks/Fetch and /twostroke.v1.Blocks/Keep."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -644,6 +644,8 @@ class FetchRequest(_message.Message):
     ISOLATION_DOMAIN_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     first_token: _builtins.int
     """place of the first one in its sequence"""
     layer_start: _builtins.int
@@ -657,6 +659,9 @@ class FetchRequest(_message.Message):
     timeout_ms: _builtins.int
     adapter: _builtins.bytes
     """content hash, empty: none"""
+    request_id: _builtins.str
+    """for whom: a draining worker waits until those it gave back are fetched. Empty: for nobody"""
+    choice: _builtins.int
     @_builtins.property
     def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """hash blocks, 16 bytes each, a chain in order"""
@@ -678,11 +683,78 @@ class FetchRequest(_message.Message):
         isolation_domain: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
         adapter: _builtins.bytes = ...,
+        request_id: _builtins.str = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "choice", b"choice", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "request_id", b"request_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class KeepRequest(_message.Message):
+    """---------------------------------------------------------------- Blocks.Keep
+
+    A decode worker offers the blocks of a stream to its buddy, which fetches what it lacks of them (Blocks.Fetch).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ISOLATION_DOMAIN_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    IDENTITY_ROOT_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    isolation_domain: _builtins.str
+    adapter: _builtins.bytes
+    identity_root: _builtins.bytes
+    """as in Open: the two must give blocks the same names"""
+    address: _builtins.str
+    """who offers: host:port"""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the whole chain, to the end of its last full block"""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        isolation_domain: _builtins.str = ...,
+        adapter: _builtins.bytes = ...,
+        identity_root: _builtins.bytes = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "address", b"address", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepRequest: _TypeAlias = KeepRequest  # noqa: Y015
+
+@_typing.final
+class KeepReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    kept_tokens: _builtins.int
+    """leading tokens whose blocks are in the buddy's cache now"""
+    reason: _builtins.str
+    """why it is not all of them"""
+    def __init__(
+        self,
+        *,
+        kept_tokens: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept_tokens", b"kept_tokens", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepReply: _TypeAlias = KeepReply  # noqa: Y015

@@ -308,6 +308,8 @@ class Submit(_message.Message):
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     EMITTED_TOKENS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    BUDDY_FIELD_NUMBER: _builtins.int
+    BLOCK_SOURCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     choice: _builtins.int
     isolation_domain: _builtins.str
@@ -331,6 +333,14 @@ class Submit(_message.Message):
     def prefill_peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillPeer]:
         """ranked; empty: prefill locally"""
 
+    @_builtins.property
+    def buddy(self) -> Global___PrefillPeer:
+        """worker that keeps a copy of this choice's blocks as they fill; absent: none does"""
+
+    @_builtins.property
+    def block_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockSource]:
+        """ranked; asked for blocks before anything is computed; empty: nobody is"""
+
     def __init__(
         self,
         *,
@@ -345,14 +355,47 @@ class Submit(_message.Message):
         timeout_ms: _builtins.int = ...,
         emitted_tokens: _builtins.int = ...,
         priority: _builtins.int = ...,
+        buddy: Global___PrefillPeer | None = ...,
+        block_sources: _abc.Iterable[Global___BlockSource] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buddy", b"buddy", "epoch", b"epoch", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "choice", b"choice", "emitted_tokens", b"emitted_tokens", "epoch", b"epoch", "isolation_domain", b"isolation_domain", "prefill_peers", b"prefill_peers", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_sources", b"block_sources", "buddy", b"buddy", "choice", b"choice", "emitted_tokens", b"emitted_tokens", "epoch", b"epoch", "isolation_domain", b"isolation_domain", "prefill_peers", b"prefill_peers", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class BlockSource(_message.Message):
+    """A worker that holds leading blocks of a prompt: Blocks.Fetch gives them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.int
+    address: _builtins.str
+    num_blocks: _builtins.int
+    """hash blocks that the router believes to be there; the worker's answer decides"""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        address: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockSource: _TypeAlias = BlockSource  # noqa: Y015
 
 @_typing.final
 class PrefillPeer(_message.Message):
@@ -628,6 +671,10 @@ class HandoverReport(_message.Message):
     TOKENS_ASKED_FIELD_NUMBER: _builtins.int
     TRANSPORT_REASON_FIELD_NUMBER: _builtins.int
     BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    TOKENS_FETCHED_FIELD_NUMBER: _builtins.int
+    BYTES_FETCHED_FIELD_NUMBER: _builtins.int
+    FETCHED_FROM_FIELD_NUMBER: _builtins.int
+    FETCH_END_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty: prefilled locally"""
     transport: _builtins.str
@@ -650,6 +697,13 @@ class HandoverReport(_message.Message):
     """why planes did not go through shared memory, where it was offered"""
     bytes_per_s: _builtins.float
     """of the frames that came after the prompt was computed; 0: too few to tell"""
+    tokens_fetched: _builtins.int
+    """cached blocks of other workers, stored here before the rest was computed"""
+    bytes_fetched: _builtins.int
+    fetched_from: _builtins.str
+    """the last of these workers; empty: none gave any"""
+    fetch_end: _builtins.str
+    """how the last fetch ended: "complete", "short", "closed", ...; empty: none was begun"""
     def __init__(
         self,
         *,
@@ -666,10 +720,14 @@ class HandoverReport(_message.Message):
         tokens_asked: _builtins.int = ...,
         transport_reason: _builtins.str = ...,
         bytes_per_s: _builtins.float = ...,
+        tokens_fetched: _builtins.int = ...,
+        bytes_fetched: _builtins.int = ...,
+        fetched_from: _builtins.str = ...,
+        fetch_end: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_moved", b"bytes_moved", "bytes_per_s", b"bytes_per_s", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_fetched", b"bytes_fetched", "bytes_moved", b"bytes_moved", "bytes_per_s", b"bytes_per_s", "fetch_end", b"fetch_end", "fetched_from", b"fetched_from", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_fetched", b"tokens_fetched", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -130,6 +130,11 @@ class RouterConfig(Section):
         30.0,
         ge=0,
         description="how long a request waits for a lost decode worker that no other replaces",
+    )
+    kv_journal: Literal["off", "buddy"] = Field(
+        "off",
+        description="buddy: another worker keeps a copy of each stream's KV, which need not be computed again if its "
+        "decode worker is lost",
     )
     chat_template: str | None = Field(
         None,

@@ -72,6 +72,7 @@ class Schedule:
         worker = next(w for w in self.setting.workers if w.worker_id == worker_id)
         node = WorkerNode(self.network, process, worker, self.setting, self.ledger)
         node.find = self.nodes.get
+        node.routers = self.routers.values
         self.nodes[worker_id] = node
         self.world.after(0.0, process, lambda: self._announce(node))
 
@@ -99,13 +100,20 @@ class Schedule:
                 world.freeze(process, mishap.seconds)
             elif mishap.kind == "cut":
                 self.network.cut(process, other, mishap.seconds)
+            elif mishap.kind == "leave":
+                self.nodes[mishap.who].leave(lambda: self._end(mishap))
             else:
-                self.network.crashed(process)
-                world.kill(process)
-                start = self._start_router if mishap.who in self.routers else self._start_worker
-                world.after(mishap.seconds, None, lambda: start(mishap.who))
+                self._end(mishap)
 
         world.after(mishap.at_s, None, happen)
+
+    def _end(self, mishap: Mishap) -> None:
+        """A process ends, and another life of it begins later."""
+        process = self.processes[mishap.who]
+        self.network.crashed(process)
+        self.world.kill(process)
+        start = self._start_router if mishap.who in self.routers else self._start_worker
+        self.world.after(mishap.seconds, None, lambda: start(mishap.who))
 
     # ------------------------------------------------------------------ the run
 

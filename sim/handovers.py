@@ -11,7 +11,19 @@ from dataclasses import dataclass
 from ..core.request import Epoch
 from ..kv.handover.carrier import Check, Hear
 from ..kv.handover.frames import encode_message
-from ..kv.handover.machine import Abort, Action, HandoverEnd, Label, Lost, Read, Send, SendFrame, Write
+from ..kv.handover.machine import (
+    Abort,
+    Action,
+    AskBlocks,
+    Fetched,
+    HandoverEnd,
+    Label,
+    Lost,
+    Read,
+    Send,
+    SendFrame,
+    Write,
+)
 from ..protos import handover_pb2
 from .invariants import Violation
 from .network import End
@@ -76,6 +88,9 @@ class SimHost:
         else:
             self._end.finish()
 
+    def hold(self, is_held: bool) -> None:
+        """Implements `FetchHost.hold`: messages wait nowhere here, so all of them come."""
+
     def check(self, check: Check, answered: Callable[[bool], None]) -> None:
         """Implements `StreamHost.check`."""
         if self._place.check_s:
@@ -113,6 +128,14 @@ class SimHost:
         self._end.send(encode_message(say(message.sequence, handover_pb2.HandoverBeat())))
 
 
+class SimFetchHost(SimHost):
+    """Implements FetchHost of decode_worker/fetch.py. The request travels as a value, as gRPC protects it."""
+
+    def send(self, envelope: bytes) -> None:
+        """Implements `StreamHost.send`."""
+        self._end.send(handover_pb2.FetchRequest.FromString(envelope))
+
+
 def described(action: Action) -> str:
     """Short description of an action, for the transcript."""
     match action:
@@ -126,6 +149,10 @@ def described(action: Action) -> str:
             return f"writes {start}+{count}"
         case Lost(reason, stored_upto, first_token, detail):
             return f"lost: {reason.value}, stored {stored_upto}, first token {first_token} {detail}"
+        case AskBlocks(identities, first_token):
+            return f"asks for {len(identities)} blocks from {first_token}"
+        case Fetched(end, stored_upto, detail):
+            return f"fetched: {end}, stored {stored_upto} {detail}"
         case Abort(reason, detail):
             return f"aborts: {reason.value} {detail}"
         case _:

@@ -8,7 +8,7 @@ K5 routers are told of exactly the blocks that can be found, and their maps hold
 K6 admission keeps blocks in use and promised within the policy's watermark, unless the sequence is alone
 R1 every request ends exactly once    R2 a stream has no gap    R3 every token was computed from what its client has
 R4 its text and its reason are those of the same tokens on a worker that never fails
-L1 in bearable weather every request finishes, also if one worker crashes, freezes or is cut off; without such a loss
+L1 in bearable weather every request finishes, also if one worker crashes, freezes, leaves or is cut off; without it
    a hand-over is lost only by a refusal or by damage
 R5 usage = tokens delivered           R6 only the newest epoch is accepted        R7 nothing waits past its deadline
 R8 a worker computes a choice only while its router waits for it: so at most one worker computes it

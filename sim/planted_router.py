@@ -19,7 +19,7 @@ from ..router.requests.orders import Orders
 from ..router.requests.roster import Roster
 from ..router.requests.state import RequestState, RequestStates, Stage
 from ..router.routing.facts import WorkerKey
-from ..router.routing.policy import PolicyLimits, RequestFacts, RoutingDecision, WorkerView, choose
+from ..router.routing.policy import PolicyLimits, RequestFacts, RoutingDecision, Source, WorkerView, choose
 from .planting import Planted, instead
 
 # ------------------------------------------------------------------ streams and epochs
@@ -189,10 +189,14 @@ def other_numerics_are_paired() -> AbstractContextManager[None]:
     """The policy ignores the numerics classes of prefill and decode workers."""
 
     def choose_any(
-        request: RequestFacts, workers: Sequence[WorkerView], held: Any, limits: PolicyLimits
+        request: RequestFacts,
+        workers: Sequence[WorkerView],
+        held: Any,
+        limits: PolicyLimits,
+        sources: Sequence[Source] = (),
     ) -> RoutingDecision | None:
         known = {view.key: view for view in workers}
-        choice = choose(request, [replace(view, numerics=b"") for view in workers], held, limits)
+        choice = choose(request, [replace(view, numerics=b"") for view in workers], held, limits, sources)
         if choice is None:
             return None
         pair = choice.winner

@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.request import Epoch, SamplingParams, SequenceKey
-from ..decode_worker import report, task
+from ..decode_worker import fetch, report, task
 from ..decode_worker.choice import ChoiceText
 from ..decode_worker.ledger import Ledger, Named, RouterKey, Standing
 from ..decode_worker.order import Order
 from ..decode_worker.outbox import Outbox
 from ..decode_worker.report import end_message
 from ..engine.link.messages import CacheDelta, CacheSnapshot
+from ..kv.handover.fetching import BlockFetch
+from ..kv.handover.machine import Action
 from ..protos import worker_pb2
 from ..router.requests import orders
 from ..router.requests.orders import Orders
@@ -22,7 +24,15 @@ from ..router.requests.state import RequestState
 from ..router.workers.wire import submit_to_wire
 from ..text.stream import TextStream
 from ..worker.watch import Watcher
-from .planting import Planted, both, instead, losing_decoders, losing_routers
+from .planting import (
+    Planted,
+    both,
+    damaging_departures,
+    departing_decoders,
+    instead,
+    losing_decoders,
+    losing_routers,
+)
 
 
 def stale_orders_run() -> AbstractContextManager[None]:
@@ -194,6 +204,21 @@ def text_is_said_again() -> AbstractContextManager[None]:
     return both(instead(ChoiceText, "_begin", begun), instead(ChoiceText, "push", pushed))
 
 
+def fetched_blocks_are_not_checked() -> AbstractContextManager[None]:
+    """Blocks of another worker are stored without a look at their digests."""
+    return instead(fetch, "verify_frame", lambda *_: True)
+
+
+def last_fetched_block_is_not_heard() -> AbstractContextManager[None]:
+    """A fetch does not notice that its last frame is stored, so its request waits for nothing."""
+    original = BlockFetch.written
+
+    def written(self: BlockFetch, token_start: int, token_count: int) -> list[Action]:
+        return [] if self.end is not None else original(self, token_start, token_count)
+
+    return instead(BlockFetch, "written", written)
+
+
 BUGS = (
     Planted(stale_orders_run, ("R6",), 100),
     Planted(stale_cancels_kill, ("R6",), 100),
@@ -209,4 +234,6 @@ BUGS = (
     Planted(usage_counts_again, ("R5", "L1"), 100, losing_decoders),
     Planted(withheld_text_is_lost, ("R4",), 400, losing_decoders),
     Planted(text_is_said_again, ("R4",), 100, losing_decoders),
+    Planted(fetched_blocks_are_not_checked, ("K4",), 100, damaging_departures),
+    Planted(last_fetched_block_is_not_heard, ("L1", "R7"), 100, departing_decoders),
 )

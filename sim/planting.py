@@ -66,6 +66,7 @@ def owner_module(owner: Any) -> str:
 CROWDED_PROMPT, CROWDED_ANSWER = 24, 40  # tokens of each order
 LEAVING_PROMPT = 64
 LOST_ANSWER = 30
+LEFT_ANSWER = 120
 _listeners: list[Callable[[Any], None]] = []
 
 
@@ -193,6 +194,34 @@ def losing_decoders(setting: Setting) -> Setting:
         mishaps=mishaps,
         fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S),
     )
+
+
+def departing_decoders(setting: Setting) -> Setting:
+    """Long answers in calm weather, on two decode workers at least; one drains while they run. Frames are small."""
+    setting = losing_decoders(setting)
+    orders = tuple(replace(order, sampling=replace(order.sampling, max_tokens=LEFT_ANSWER)) for order in setting.orders)
+    longest = max(len(order.prompt_ids) for order in orders) + LEFT_ANSWER
+    workers = [
+        replace(
+            worker,
+            frame_tokens=16,
+            num_blocks=8 * -(-longest // worker.block_tokens),
+            limits=replace(worker.limits, max_num_seqs=8, max_waiting=8),
+            step_s=(0.004, 0.006),
+        )
+        for worker in setting.workers
+    ]
+    decoders = [worker for worker in workers if worker.role is not Role.PREFILL]
+    if len(decoders) < 2:
+        workers.append(replace(decoders[0], worker_id="second"))
+    leave = replace(setting.mishaps[0], at_s=setting.orders[0].at_s + 0.2, kind="leave")
+    return replace(setting, orders=orders, workers=tuple(workers), mishaps=(leave,), leave_s=0.4)
+
+
+def damaging_departures(setting: Setting) -> Setting:
+    """As `departing_decoders`, and much of what travels is damaged."""
+    setting = departing_decoders(setting)
+    return replace(setting, weather=replace(setting.weather, damage=0.3))
 
 
 def losing_routers(setting: Setting) -> Setting:

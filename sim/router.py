@@ -115,6 +115,10 @@ class RouterNode:
         """Take an announcement of a worker."""
         self.roster.announced(facts, self.world.now_s())
 
+    def leaving(self, key: WorkerKey) -> None:
+        """Take a worker's word that it leaves."""
+        self.roster.leaving(key)
+
     def hear(self, key: WorkerKey, message: worker_pb2.SessionDown) -> None:
         """Take a message of a session that is up."""
         now_s = self.world.now_s()

@@ -78,10 +78,10 @@ class Mishap:
     """Fault of a process, or of the connection between two."""
 
     at_s: float
-    kind: str  # "crash", "freeze", "cut"
+    kind: str  # "crash", "freeze", "cut", "leave"
     who: str
     other: str
-    seconds: float  # until the restart, or duration of the freeze or the cut
+    seconds: float  # until the restart, or duration of the freeze or the cut; after its drain, for "leave"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ class Setting:
     names_repeat: bool  # a tenant's id gets the same internal name each time: only epochs differ
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
+    leave_s: float = 1.0  # grace of a worker's drain
 
 
 Vary = Callable[[Setting], Setting]
@@ -165,6 +166,7 @@ def draw(seed: int) -> Setting:
         mishaps=() if is_bearable else (*_mishaps(rng, [worker.worker_id for worker in workers]), *_router_lost(late)),
     )
     setting = _with_others(random.Random(f"others {seed}"), setting)
+    setting = _with_a_departure(random.Random(f"departure {seed}"), setting)
     return _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
 
 
@@ -178,6 +180,19 @@ def _with_a_loss(rng: random.Random, setting: Setting) -> Setting:
     at_s = min(order.at_s for order in setting.orders) + rng.random() * rng.choice((0.1, 0.5, 1.0))
     mishap = Mishap(at_s, kind, who, rng.choice(setting.routers), rng.choice((0.3, 1.0, 2.5)))
     return replace(setting, mishaps=(mishap,), fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S))
+
+
+def _with_a_departure(rng: random.Random, setting: Setting) -> Setting:
+    """In some schedules a worker drains while requests are under way, leaves, and comes back."""
+    leave_s, chance = rng.choice((0.0, 0.3, 1.0, 3.0)), rng.random()
+    decoders = [worker.worker_id for worker in setting.workers if worker.role is not Role.PREFILL]
+    if chance > 0.15 or (setting.is_bearable and (len(decoders) < 2 or setting.mishaps)):
+        return setting  # nobody waits for a worker that leaves on purpose
+    who = rng.choice(rng.choice((decoders, [worker.worker_id for worker in setting.workers])))
+    at_s = min(order.at_s for order in setting.orders) + rng.random() * rng.choice((0.1, 0.5, 1.0))
+    mishap = Mishap(at_s, "leave", who, who, rng.choice((0.1, 1.0)))
+    fleet = replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S) if setting.is_bearable else setting.fleet
+    return replace(setting, mishaps=(*setting.mishaps, mishap), leave_s=leave_s, fleet=fleet)
 
 
 def _with_texts(rng: random.Random, setting: Setting) -> Setting:

@@ -6,12 +6,14 @@ Decode orders go through production's service, run, outbox and choice; hand-over
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from ..core.request import Epoch, SequenceKey
+from ..decode_worker.fetch import FetchHost
 from ..decode_worker.ledger import RouterKey
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.router_session import RouterSession
@@ -31,17 +33,23 @@ from ..prefill_worker.service import PrefillService
 from ..prefill_worker.task import PrefillTask, PrefillTaskTools
 from ..protos import common_pb2, handover_pb2, worker_pb2
 from ..router.routing import facts as router_facts
+from ..router.routing.facts import WorkerKey
+from ..worker.blocks.departure import Departure, hand_back_after_s
+from ..worker.blocks.fetch import FetchAnswer, FetchPart
 from ..worker.watch import FaceLoad, Watchers
 from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
 from .faces import SessionFace, WatchFace
-from .handovers import Place, SimHost
+from .handovers import Place, SimFetchHost, SimHost
 from .invariants import Violation, check_drained
 from .network import End, Network
 from .rings import Host, SimRing
 from .setting import Setting, WorkerSetting
 from .store import EOS, TOKENIZER, VOCABULARY, Ledger
 from .world import Process
+
+if TYPE_CHECKING:
+    from .router import RouterNode
 
 MODEL = "model"
 MAX_MODEL_LEN = 1 << 20
@@ -59,14 +67,38 @@ MODEL_FACTS = ModelFacts(
 )
 NO_EPOCH = Epoch(0, 0)
 ORPHAN_SLACK_S = 0.5  # time for commands under way, and for the running step to end
+LOOK_S = 0.02  # how often a leaving worker looks whether it may go
 PORT = 1  # port of every worker: orders name peers by host and port
 
 
 class SimDispatcher(EngineClient):
     """The production routing of events; an owner's exception is raised here instead of logged."""
 
+    def ask_blocks(self, part: FetchPart, root: bytes, took: Callable[[link.BlocksFetched], None]) -> None:
+        """Read cached blocks, as `fetch` does for a coroutine."""
+        fetch_id = next(self._fetch_ids)
+        self._fetches[fetch_id] = cast(Any, Answered(took))
+        self.send(link.FetchBlocks(fetch_id, part.identities, part.first_token, root))
+
     def _call(self, owner: Owner, event: SequenceEvent) -> None:
         owner(event)
+
+
+@dataclass
+class Answered:
+    """The part of a future that `EngineClient` uses."""
+
+    took: Callable[[link.BlocksFetched], None]
+    is_done: bool = False
+
+    def done(self) -> bool:
+        """True after the answer."""
+        return self.is_done
+
+    def set_result(self, found: link.BlocksFetched) -> None:
+        """Pass the answer on."""
+        self.is_done = True
+        self.took(found)
 
 
 class SimService(DecodeService):
@@ -135,6 +167,10 @@ class SimRunTools(DecodeTaskTools):
         """Implements `DecodeTaskTools.connect`."""
         return self.node.connect_peer(key, address)
 
+    def connect_source(self, key: SequenceKey, address: str, timeout_s: float) -> FetchHost:
+        """Implements `DecodeTaskTools.connect_source`."""
+        return self.node.connect_source(key, address)
+
 
 class WorkerNode:
     """One life of one worker."""
@@ -181,8 +217,11 @@ class WorkerNode:
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id: its current life
         self._place = Place(world, process, setting.is_bearable and not setting.mishaps, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended: time of the end
-        face = FaceLoad(worker.role)
-        self.watchers = Watchers(self.dispatcher, process.life, lambda: face, Counter(), piece_identities=3)
+        self.departure = Departure()
+        self._has_handed_back = False
+        self.routers: Callable[[], Iterable[RouterNode]] = tuple  # those that live
+        self.face = FaceLoad(worker.role)
+        self.watchers = Watchers(self.dispatcher, process.life, lambda: self.face, Counter(), piece_identities=3)
 
     @property
     def is_idle(self) -> bool:
@@ -231,6 +270,59 @@ class WorkerNode:
         if peer.process.is_alive:
             far.on_message = lambda envelope: peer.accept_handover(far, envelope)
         return SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
+
+    def connect_source(self, key: SequenceKey, address: str) -> FetchHost:
+        """Open a stream of cached blocks from the current life of the worker at the address."""
+        source = self.find(address.removesuffix(f":{PORT}"))
+        assert source is not None, address
+        near, far = self.network.connect(self.process, source.process, f"{key.request_id}<{address}")
+        if source.process.is_alive:
+            far.on_message = lambda request: source.accept_fetch(far, request)
+        return SimFetchHost(self._place, near, f"{key.request_id}#{key.choice} fetch")
+
+    def accept_fetch(self, end: End, request: handover_pb2.FetchRequest) -> None:
+        """Serve cached blocks, as worker/blocks/fetch.py does."""
+        end.on_message = lambda _: None  # the request may come twice
+        answer, key = FetchAnswer(request, self.facts, Counter()), SequenceKey(request.request_id, request.choice)
+        self.departure.fetch_began(key, self.world.now_s())
+        self._serve_part(end, answer, key)
+
+    def _serve_part(self, end: End, answer: FetchAnswer, key: SequenceKey) -> None:
+        part = answer.next_part()
+        if part is None or not end.is_open:
+            end.finish()
+            self.departure.fetch_ended(key, self.world.now_s(), is_whole=part is None)
+            return
+
+        def took(found: link.BlocksFetched) -> None:
+            frame = answer.frame(found)
+            if frame is not None:
+                end.send(frame)
+            self._serve_part(end, answer, key)
+
+        self.dispatcher.ask_blocks(part, answer.root, took)
+
+    def leave(self, gone: Callable[[], None]) -> None:
+        """Drain as a process that is told to stop: hand back what runs, let others fetch it, then call `gone`."""
+        self.service.is_draining = self.face.draining = True
+        key = WorkerKey(self.worker.worker_id, self.process.life)
+        for router in self.routers():
+            self.network.tell(self.process, router.process, partial(router.leaving, key))
+        end_s = self.world.now_s() + self.setting.leave_s
+        self.world.after(hand_back_after_s(self.setting.leave_s, 0, 0.0), self.process, self._hand_back)
+        self._perhaps_gone(end_s, gone)
+
+    def _hand_back(self) -> None:
+        self.service.hand_back(lambda keys: self.departure.gave_back(keys, self.world.now_s()))
+        self._has_handed_back = True
+
+    def _perhaps_gone(self, end_s: float, gone: Callable[[], None]) -> None:
+        now_s = self.world.now_s()
+        may_go = self._has_handed_back and self.departure.waits_until_s(now_s) is None and not self.service.num_running
+        if may_go or now_s >= end_s:
+            gone()
+        else:
+            self.world.after(LOOK_S, self.process, lambda: self._perhaps_gone(end_s, gone))
 
     def accept_handover(self, end: End, envelope: bytes) -> None:
         """Take the first message of a hand-over stream."""

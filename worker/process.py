@@ -21,9 +21,11 @@ from ..core.errors import ConfigError, DeviceFault, InternalError
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
 from ..core.ports import bindable_host, check_port, target
-from ..core.request import Role
+from ..core.request import Role, SequenceKey
 from ..core.tls.callers import Caller
 from ..core.tls.identity import TlsIdentity, add_port
+from ..decode_worker.journal import Journal, JournalLimits
+from ..decode_worker.journaling import Journaling
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.task import DecodeTaskTools
@@ -43,8 +45,11 @@ from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
 from .adapters import WorkerAdapters
 from .announcer import Announcer
+from .blocks.departing import Departing
+from .blocks.departure import hand_back_after_s
+from .blocks.fetch import FetchService
+from .blocks.keep import KeepService
 from .build import BuiltEngine, build_engine
-from .fetch import FetchService
 from .gpu.export import to_wire
 from .gpu.nvml import Library
 from .gpu.verdict import Verdict
@@ -59,11 +64,11 @@ from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "session.1")
+CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "blocks.keep.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
-HAND_BACK_S = 1.5  # of a stop's grace: what still runs then is cancelled and goes on at other workers
-HAND_BACK_SHARE = 0.2  # at most, of a short grace
+NOBODY = SequenceKey("", 0)
+LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
 STOP_S = 5.0  # longest time for the engine's last step
 
 
@@ -171,10 +176,11 @@ class WorkerProcess:
         if self._is_stopping:
             return
         self._is_stopping = True
+        end_s = self._clock.now_s() + grace_s
         if self._announcer is not None:
             await self._announcer.leave()  # first, so that no router sends new work while the running work ends
         if self._server is not None:
-            await self.drain(grace_s - min(HAND_BACK_S, grace_s * HAND_BACK_SHARE))
+            await self.drain(hand_back_after_s(grace_s, self._running_bytes(), self._pull.speed.bytes_per_s), end_s)
         if self._server is not None:
             await self._server.stop(0.2)
         if self._scrapes is not None:
@@ -185,6 +191,7 @@ class WorkerProcess:
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
             await asyncio.to_thread(self._room.close)
             self.decode.close()
+            self._journal.close()
             if self.rings is not None:
                 self.rings.close()
         for task in self._tasks:
@@ -195,13 +202,21 @@ class WorkerProcess:
         await self._channels.close()
         self._executor.shutdown(wait=False)
 
-    async def drain(self, timeout_s: float) -> int:
-        """Take no new work, let running work end for `timeout_s`, cancel the rest; returns the number cancelled."""
-        cancelled = sum(await asyncio.gather(self.decode.drain(timeout_s), self.prefill.drain(timeout_s)))
-        if cancelled:
+    async def drain(self, timeout_s: float, end_s: float | None = None) -> int:
+        """Take no new work, let running work end for `timeout_s`, then hand back the rest; returns its number.
+
+        Other workers fetch the blocks of what was handed back until `end_s`; None: for at most LINGER_S.
+        """
+        gave_back = self.departing.gave_back
+        drains = self.decode.drain(timeout_s, gave_back), self.prefill.drain(timeout_s)
+        handed_back = sum(await asyncio.gather(*drains))
+        if handed_back:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._all_ended(), 1.0)
-        return cancelled
+            left_s = LINGER_S if end_s is None else end_s - self._clock.now_s()
+            not_fetched = await self.departing.wait(left_s)
+            log.info("%s: %d handed back, %d of them not fetched", self.settings.worker_id, handed_back, not_fetched)
+        return handed_back
 
     def set_role(self, role: Role) -> None:
         """Change the role: another policy, announced to the routers. Running work continues.
@@ -275,15 +290,19 @@ class WorkerProcess:
         self._metrics.adapters = lambda: table.served
         self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
         pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, **common)
-        self.decode = DecodeService(
-            DecodeTaskTools(facts, pull, self._channels, table), room.tokenizer, settings.orphan_grace_s
-        )
+        limits = JournalLimits(settings.cache.journal_bytes_per_s)
+        journal = Journal(limits, facts.model.kv_spec.bytes_per_token, facts.block_tokens)
+        self._journal = Journaling(journal, self._channels, self._clock, self.counters, lambda: self.address)
+        decoding = DecodeTaskTools(facts, pull, self._channels, table, self._journal)
+        self.keep = KeepService(facts, pull, lambda address, s: decoding.connect_source(NOBODY, address, s))
+        self.decode = DecodeService(decoding, room.tokenizer, settings.orphan_grace_s)
         job = PrefillTaskTools(
             numerics_class=facts.model.numerics_class, open_memory=open_ring, adapters=table, **common
         )
         max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
-        self.fetch = FetchService(facts, self.dispatcher)
+        self.departing = Departing(self._clock)
+        self.fetch = FetchService(facts, self.dispatcher, self.counters, self.departing)
         self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)
         self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
 
@@ -337,7 +356,7 @@ class WorkerProcess:
     async def _bind(self) -> None:
         host, port = self._host(), self.settings.port
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
-        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch))
+        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch, self.keep.keep))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
         enable_reflection(server)
@@ -371,6 +390,11 @@ class WorkerProcess:
 
     def _count_refusal(self) -> None:
         self.counters["calls_refused"] += 1
+
+    def _running_bytes(self) -> int:
+        """KV of the sequences that run, by the last beat."""
+        load, facts = self.dispatcher.last_load, self.room.facts
+        return 0 if load is None else load.running_context_tokens * facts.model.kv_spec.bytes_per_token
 
     async def _all_ended(self) -> None:
         while self.dispatcher.num_owned:

@@ -15,7 +15,7 @@ from functools import partial
 from ...core.clock import Clock
 from .carrier import MAX_CHECKS, Check, Hear
 from .machine import Action, Send
-from .transports.grpc import ByteStream, ClientStream
+from .transports.grpc import ByteStream, OpenedStream
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class ClientDriver(Driver):
     The next envelope is read when fewer than MAX_CHECKS verifications run: a peer faster than our threads has to wait.
     """
 
-    def __init__(self, stream: ClientStream, clock: Clock, executor: Executor, linger_s: float) -> None:
+    def __init__(self, stream: OpenedStream, clock: Clock, executor: Executor, linger_s: float) -> None:
         """`linger_s`: longest wait for the peer to end its direction after our last envelope, in seconds."""
         super().__init__(stream, clock, executor)
         self._client = stream
@@ -167,3 +167,23 @@ class ClientDriver(Driver):
     async def _has_room(self) -> None:
         while len(self._checks) >= MAX_CHECKS:
             await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
+
+
+class FetchDriver(ClientDriver):
+    """Driver of a fetch. While it is held, no further frame is read: the source has to wait."""
+
+    def __init__(self, stream: OpenedStream, clock: Clock, executor: Executor, linger_s: float) -> None:
+        self._is_free = asyncio.Event()
+        self._is_free.set()
+        super().__init__(stream, clock, executor, linger_s)
+
+    def hold(self, is_held: bool) -> None:
+        """Implements `FetchHost.hold`."""
+        if is_held:
+            self._is_free.clear()
+        else:
+            self._is_free.set()
+
+    async def _has_room(self) -> None:
+        await super()._has_room()
+        await self._is_free.wait()

@@ -22,6 +22,7 @@ from ...core.lease import Lease
 from ...core.request import Epoch, TokenLogprobs
 from ...protos import common_pb2, worker_pb2
 from ...protos import handover_pb2 as pb
+from ..block import BlockIdentity
 
 MAX_REFETCHES = 1  # per damaged hash block; after that the rest of the prompt is recomputed
 
@@ -119,6 +120,23 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class AskBlocks:
+    """Fetch: ask the source for these hash blocks of a chain; the first one begins at `first_token`."""
+
+    identities: tuple[BlockIdentity, ...]
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Fetch: nothing more comes. Tokens below `stored_upto` are verified and stored. `end`: a `FetchEnd`."""
+
+    end: str
+    stored_upto: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineBound:
     """Sender: decode holds the blocks; run the request."""
 
@@ -169,6 +187,8 @@ Action: TypeAlias = (
     | GotFirstToken
     | Complete
     | Lost
+    | AskBlocks
+    | Fetched
     | EngineBound
     | EngineNotYet
     | Read

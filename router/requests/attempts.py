@@ -30,6 +30,7 @@ class Dispatch:
     first_token_s: float | None = None
     left: Left | None = None  # None: it is the last one
     timeline: Timeline = field(default_factory=Timeline)  # instants of its worker, if the worker told them
+    fetched: dict[str, int] = field(default_factory=dict)  # tokens whose blocks came from other workers, by worker
 
     @property
     def decode(self) -> WorkerKey:

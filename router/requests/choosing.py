@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...core.request import Request, Role
+from ...kv.block import BlockIdentity
+from ..routing.buddies import buddy_of
 from ..routing.known_worker import Worker
-from ..routing.policy import RoutingDecision, choose
+from ..routing.policy import RoutingDecision, Source, choose
 from ..routing.views import views_of
 from .roster import Roster
 from .state import RequestState
@@ -42,11 +44,25 @@ class Chooser:
             run.identities = self._driver.identities(known, run.model)
         # A scored prompt is always computed, so cached prefixes do not help.
         usable = run.identities if request.sampling.prompt_logprobs is None or run.has_output else ()
-        choice = choose(run.facts, views_of(workers), prefixes.expected(usable, now_s), self._limits.policy)
+        expected, sources = prefixes.expected(usable, now_s), self._sources(run, usable)
+        choice = choose(run.facts, views_of(workers), expected, self._limits.policy, sources)
+        if choice is not None and self._limits.has_buddies:
+            choice = replace(choice, buddy=buddy_of(choice, views_of(workers), expected))
         if choice is not None:
             # Later requests can use the prefix on the worker that computes it, not yet on the decode worker.
             prefixes.predict([choice.winner.computes.worker_id], run.identities, now_s)
         return choice
+
+    def _sources(self, run: RequestState, identities: Sequence[BlockIdentity]) -> list[Source]:
+        """Workers whose blocks a request may fetch, if it goes on after another dispatch.
+
+        The worker that gives it back is one of them: while it drains, it keeps what it has computed.
+        """
+        if not (run.dispatches or run.has_output):
+            return []
+        held = self._roster.prefixes.held(identities)
+        holders = [w for w in self._roster.fleet if w.can_give and held.get(w.facts.worker_id)]
+        return [Source(view, held[view.worker_id]) for view in views_of(holders)]
 
     def has_room(self, run: RequestState) -> bool:
         """True if a worker can begin a new request about now, or if none can at all, so that queueing does not help."""

@@ -49,6 +49,7 @@ class Dispatcher:
             config.client_buffer_pieces,
             AdmissionLimits(config.max_running, config.max_running_tokens, config.max_wait_s),
             PolicyLimits(local_prefill=config.local_prefill),
+            has_buddies=config.kv_journal == "buddy",
         )
         self.life = Lifecycle(identity.incarnation, limits, self.members.roster, self, self)
 

@@ -80,6 +80,9 @@ def _dispatch(run: RequestState, dispatch: Dispatch) -> dict[str, Any]:
         "at_ms": _ms(dispatch.at_s - run.arrived_s),
         "decode_worker": dispatch.decode.worker_id,
         "prefill_peers": [peer.worker_id for peer in dispatch.choice.prefill_peers],
+        "block_sources": [source.view.worker_id for source in dispatch.choice.winner.sources],
+        "fetched": dispatch.fetched,
+        "buddy": None if dispatch.choice.buddy is None else dispatch.choice.buddy.worker_id,
         "resumed_tokens": list(dispatch.resumed),
         "first_token_ms": None if first_s is None else _ms(first_s - run.arrived_s),
         "timeline": _instants_ms(run, dispatch.timeline),
@@ -221,6 +224,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "computed_by": candidate.computes.worker_id,  # the prompt
         "prefill_held_tokens": candidate.prefill_held_tokens,
         "decode_held_tokens": candidate.decode_held_tokens,
+        "fetched_from": [source.view.worker_id for source in candidate.sources],
         **terms,
         "total_ms": round(candidate.terms.total_ms, 3),
     }

@@ -6,7 +6,7 @@ from ...core.request import Epoch, SequenceKey
 from ..routing.fleet import Fleet
 from ..routing.policy import RoutingDecision
 from ..routing.views import count_work
-from ..workers.wire import cancel_to_wire, submit_to_wire
+from ..workers.wire import cancel_to_wire, peer_to_wire, submit_to_wire
 from .attempts import Dispatch
 from .state import RequestState
 from .surroundings import Driver, Observer
@@ -34,7 +34,12 @@ class Orders:
         for index in unfinished:
             left_s = run.left_s(now_s)
             key, peers, emitted_ids = SequenceKey(run.name, index), choice.prefill_peers, run.delivery.ids_of(index)
-            order = submit_to_wire(key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids)
+            sources = choice.winner.sources
+            order = submit_to_wire(
+                key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids, sources=sources
+            )
+            if choice.buddy is not None:
+                order.buddy.CopyFrom(peer_to_wire(choice.buddy))
             if not self._driver.send(dispatch.decode, order):
                 return False
             count_work(self._fleet, run.facts, index, choice, now_s, is_leading=index == unfinished[0])

@@ -246,6 +246,9 @@ class RequestState:
             self.timeline.mark(Instant.LAST_TOKEN, last_s)  # the others happened on an earlier worker
         report = {field.name: getattr(end.handover, field.name) for field in end.handover.DESCRIPTOR.fields}
         self.handovers.append((end.choice, report))
+        if end.handover.tokens_fetched:
+            source = end.handover.fetched_from
+            current.fetched[source] = current.fetched.get(source, 0) + end.handover.tokens_fetched
         drafted, accepted = self._guesses
         self._guesses = drafted + end.usage.draft_tokens, accepted + end.usage.accepted_tokens
         transfer = transfer_of(end)

@@ -88,3 +88,4 @@ class LifeLimits:
     buffer_pieces: int = 1024
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     policy: PolicyLimits = field(default_factory=PolicyLimits)
+    has_buddies: bool = False  # another worker keeps a copy of each stream's KV

@@ -73,6 +73,11 @@ class Worker:
         return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
 
     @property
+    def can_give(self) -> bool:
+        """True if it can be asked for cached blocks: also while it drains."""
+        return self.session_up and not (self.silent or self.stalled)
+
+    @property
     def gpus(self) -> tuple[GpuFacts, ...]:
         """Its GPUs by its last report."""
         return self.load.gpus or self.facts.gpus

@@ -3,14 +3,17 @@
     cost = queue of P + a*u + b*u*(h + u/2)                     u uncached after h held tokens, on P
          + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
          + queue of D
+         + fetch: 2 ms + bytes that another worker holds / bandwidth    0 where nothing is fetched
          + load penalty: the delay to sequences that decode on D, and the work itself, which later requests wait for
          + (slowdown - 1) * time on a throttled GPU     of the prefill on P, and of all steps on D
 
 A local prefill has P = D, and its load penalty covers the steps it takes from D's other sequences. A decode worker that
 lacks less than a block computes it itself, so such a pair costs what a local prefill there does. The penalty on work
 is why siblings of a burst go where their prefix is being computed, although another worker would be as quick. The best
-4 P x the best 4 D and every local prefill are compared exactly. Candidates within the measuring noise of each other
-count as equal; then fewer sequences under way win, and then a hash of the request's id, and no worker is always first.
+4 P x the best 4 D, every local prefill and every fetch are compared exactly. A fetch is a local prefill on D after the
+blocks that another worker holds of the prompt; only requests that go on after another dispatch have sources for it.
+Candidates within the measuring noise of each other count as equal; then fewer sequences under way win, and then a hash
+of the request's id, and no worker is always first.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...core.request import Role
+from ...kv.handover.pairing import why_refused
 from ...kv.spec import HASH_BLOCK_TOKENS, KvSpec
 from .coefficients import Coefficients
 from .facts import WorkerKey
@@ -28,6 +32,8 @@ from .pairs import RefusedPair, pairs_of
 
 CANDIDATES = 4
 MEAN_LIFE_TOKENS = 256  # upper bound of the tokens that a sequence is expected to generate
+SOURCES = 2  # workers that one order names for a fetch
+MOST_LEFT_TOKENS = 64 + HASH_BLOCK_TOKENS  # that a decode worker computes after a fetch without being asked to prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +97,25 @@ class Terms:
     decode_queue_ms: float
     load_penalty_ms: float  # no part of this request's latency: what it costs other requests, weighted
     throttle_ms: float = 0.0  # what throttled GPUs add, until the measured speeds know of them
+    fetch_ms: float = 0.0  # to fetch blocks that another worker holds, before the rest is computed
 
     @property
     def first_token_ms(self) -> float:
         """Predicted time to the first token; a hand-over delays only the second one."""
-        return self.prefill_queue_ms + self.prefill_ms + self.decode_queue_ms
+        return self.fetch_ms + self.prefill_queue_ms + self.prefill_ms + self.decode_queue_ms
 
     @property
     def total_ms(self) -> float:
         """Predicted cost of the candidate; the lowest wins."""
         return self.first_token_ms + self.transfer_ms + self.load_penalty_ms + self.throttle_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A worker whose blocks may be fetched: it need not take new work."""
+
+    view: WorkerView
+    blocks: int  # leading hash blocks of the prompt that it holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +128,7 @@ class Candidate:
     decode_held_tokens: int
     terms: Terms
     is_under_a_block: bool = False  # the decode worker lacks so little that it computes it itself, although paired
+    sources: tuple[Source, ...] = ()  # workers whose blocks it fetches first, best first; `prefill` is None then
 
     @property
     def computes(self) -> WorkerView:
@@ -126,7 +142,9 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Name for logs: "prefill-0 > decode-1", or "decode-1" for a local prefill."""
+        """Name for logs: "prefill-0 > decode-1", "decode-1" for a local prefill, "decode-0 >> decode-1" for a fetch."""
+        if self.sources:
+            return f"{self.sources[0].view.worker_id} >> {self.decode.worker_id}"
         return f"{self.prefill.worker_id} > {self.decode.worker_id}" if self.prefill else self.decode.worker_id
 
 
@@ -138,6 +156,7 @@ class Asked:
     workers: tuple[WorkerView, ...]
     held: Mapping[str, int]
     limits: PolicyLimits
+    sources: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +169,20 @@ class RoutingDecision:
     reason: str
     refused: tuple[RefusedPair, ...] = ()  # pairs that would have been candidates
     asked: Asked | None = None  # None: another policy's
+    buddy: WorkerView | None = None  # keeps a copy of the stream's KV; not part of the comparison
 
 
 def choose(
-    request: RequestFacts, workers: Sequence[WorkerView], held: Mapping[str, int], limits: PolicyLimits
+    request: RequestFacts,
+    workers: Sequence[WorkerView],
+    held: Mapping[str, int],
+    limits: PolicyLimits,
+    sources: Sequence[Source] = (),
 ) -> RoutingDecision | None:
     """Compare all ways to serve a request. None: no worker can decode it.
 
-    `held`: number of leading hash blocks of this prompt that each worker holds or soon will.
+    `held`: number of leading hash blocks of this prompt that each worker holds or soon will. `sources`: those whose
+    blocks may be fetched.
     """
     cost = _Costs(request, held, limits)
     peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)
@@ -165,13 +190,16 @@ def choose(
     paired = pairs_of(peers, sorted((w for w in decoders if w.role is Role.DECODE), key=cost.decode_rank), CANDIDATES)
     pairs = [cost.pair(p, d) for p, d in paired.possible]
     local = [cost.local(d) for d in decoders if d.role is Role.COMBINED or limits.local_prefill]
-    candidates = pairs + local or [cost.local(d) for d in decoders]  # no prefill worker is there: better than nothing
+    fetches = [found for d in decoders if (found := cost.fetch(d, sources_for(d, sources))) is not None]
+    candidates = pairs + local + fetches or [
+        cost.local(d) for d in decoders
+    ]  # no prefill worker is there: better than nothing
     if not candidates:
         return None
     ranked = sorted(candidates, key=lambda c: (c.terms.total_ms, c.name))
     winner = _pick(ranked, request.request_id, limits)
     reason = _reason(winner, ranked, request)
-    asked = Asked(request, tuple(workers), held, limits)
+    asked = Asked(request, tuple(workers), held, limits, tuple(sources))
     return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused), asked)
 
 
@@ -227,6 +255,28 @@ class _Costs:
         terms = Terms(own.prefill_queue_ms, own.prefill_ms, 0.0, own.decode_queue_ms, load_penalty_ms, throttle_ms)
         return Candidate(decode, None, own.held, own.held, terms)
 
+    def fetch(self, decode: WorkerView, sources: tuple[Source, ...]) -> Candidate | None:
+        """What a fetch on `decode` costs; None: it gains nothing, or leaves so much that a peer should compute it."""
+        request, own, limits = self._request, self._of(decode), self._limits
+        most = max((source.blocks for source in sources), default=0) * HASH_BLOCK_TOKENS
+        held = min(most, (request.prompt_tokens - 1) // HASH_BLOCK_TOKENS * HASH_BLOCK_TOKENS)
+        left = request.prompt_tokens - held
+        may_prefill = decode.role is Role.COMBINED or limits.local_prefill
+        if held <= own.held or not (may_prefill or left <= MOST_LEFT_TOKENS):
+            return None
+        speed = decode.coefficients
+        seconds = (held - own.held) * decode.kv_bytes_per_token / max(1.0, speed.handover_bytes_per_s)
+        prefill_ms = speed.prefill_ms(left, held)
+        local = self.local(decode).terms
+        weight = (local.load_penalty_ms - own.interference_ms) / own.prefill_ms if own.prefill_ms else 0.0
+        terms = replace(
+            local,
+            prefill_ms=prefill_ms,
+            fetch_ms=limits.handover_fixed_ms + seconds * 1e3,
+            load_penalty_ms=own.interference_ms + weight * prefill_ms,
+        )
+        return Candidate(decode, None, held, own.held, terms, sources=sources)
+
     def _of(self, worker: WorkerView) -> _Figures:
         figures = self._figures.get(worker.worker_id)
         if figures is None:
@@ -278,11 +328,18 @@ def _pick(ranked: Sequence[Candidate], request_id: str, limits: PolicyLimits) ->
     return min(equal, key=lambda c: (c.in_flight, _hash(request_id, c.name)))
 
 
+def sources_for(decode: WorkerView, sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The workers that `decode` can fetch from, those with most blocks first."""
+    fitting = [s for s in sources if s.view.key != decode.key and why_refused(s.view, decode) is None]
+    return tuple(sorted(fitting, key=lambda s: (-s.blocks, s.view.in_flight, s.view.worker_id))[:SOURCES])
+
+
 def _peers(winner: Candidate, ranked: Sequence[Candidate]) -> tuple[WorkerView, ...]:
-    if winner.prefill is None:
+    """Prefill workers for the winner's decode worker; after a fetch they compute what it did not bring."""
+    if winner.prefill is None and not winner.sources:
         return ()
     others = [c.prefill for c in ranked if c.decode.key == winner.decode.key and c.prefill and c is not winner]
-    return (winner.prefill, *others)
+    return (winner.prefill, *others) if winner.prefill is not None else tuple(others)
 
 
 def _hash(request_id: str, name: str) -> bytes:
@@ -294,6 +351,8 @@ def _reason(winner: Candidate, ranked: Sequence[Candidate], request: RequestFact
     where = f"prefill on {winner.prefill.worker_id}" if winner.prefill else "prefill locally"
     if winner.prefill and winner.is_under_a_block:
         where = f"prefill locally, because less than a block is missing ({winner.prefill.worker_id} stands by)"
+    if winner.sources:
+        where = f"blocks fetched from {winner.sources[0].view.worker_id}"
     parts = [
         f"{winner.decode.worker_id}, {where}: {terms.total_ms:.1f} ms",
         f"{winner.prefill_held_tokens} of {request.prompt_tokens} tokens held",

@@ -24,7 +24,7 @@ from ...kv.messages import (
 from ...kv.spec import KvSpec
 from ...protos import common_pb2, worker_pb2
 from ..routing.facts import AdapterFacts, GpuFacts, LoadFacts, ModelFacts, WorkerFacts
-from ..routing.policy import WorkerView
+from ..routing.policy import Source, WorkerView
 
 _LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads", "gpus")]
 
@@ -119,9 +119,11 @@ def submit_to_wire(
     left_s: float,
     *,
     emitted_ids: tuple[int, ...] = (),
+    sources: Sequence[Source] = (),
 ) -> worker_pb2.Submit:
     """Order to run one choice of a request, after `emitted_ids`, which its client has; workers know it by `key`.
 
+    `sources`: workers that hold blocks of the prompt with `emitted_ids`, best first.
     Logprobs of the prompt are asked for with the first choice only, because all choices have the same prompt. They come
     with the first token.
     """
@@ -135,13 +137,24 @@ def submit_to_wire(
         emitted_tokens=len(emitted_ids),
         sampling=sampling_to_wire(sampling),
         **scope_to_wire(request.cache_scope),
-        prefill_peers=[
-            worker_pb2.PrefillPeer(worker_id=p.worker_id, incarnation=p.key.incarnation, address=p.address)
-            for p in peers
+        prefill_peers=[peer_to_wire(peer) for peer in peers],
+        block_sources=[
+            worker_pb2.BlockSource(
+                worker_id=s.view.worker_id,
+                incarnation=s.view.key.incarnation,
+                address=s.view.address,
+                num_blocks=s.blocks,
+            )
+            for s in sources
         ],
         timeout_ms=max(1, round(left_s * 1e3)),
         priority=LOWEST_PRIORITY - request.priority,  # on the wire a higher number goes first
     )
+
+
+def peer_to_wire(peer: WorkerView) -> worker_pb2.PrefillPeer:
+    """A worker as orders name it to another one."""
+    return worker_pb2.PrefillPeer(worker_id=peer.worker_id, incarnation=peer.key.incarnation, address=peer.address)
 
 
 def cancel_to_wire(name: str, epoch: Epoch, reason: str) -> worker_pb2.CancelRequest:

@@ -65,6 +65,7 @@ IGNORED: dict[str, frozenset[str]] = {
         ]
     ),
     "Peer": frozenset(),
+    "SourceLine": frozenset(["_findable"]),  # no cache is modelled, so no order names a source
     "SilentChoice": frozenset(["_params", "_eos_ids", "_text"]),
 }
 VALUES = (int, float, str, bytes, bool, type(None), Enum)

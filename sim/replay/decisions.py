@@ -78,7 +78,7 @@ def _difference(name: str, told: Any) -> str | None:
         asked, recorded = asked_from_json(told["asked"]), told["choice"]
     except (InvalidRequest, KeyError, TypeError) as error:
         raise ConfigError(f"{name}: {error}") from None
-    choice = choose(asked.request, asked.workers, asked.held, asked.limits)
+    choice = choose(asked.request, asked.workers, asked.held, asked.limits, asked.sources)
     now = None if choice is None else json.loads(json.dumps(explain_choice(choice)))
     return next(_differing("choice", recorded, now), None)
 

@@ -101,6 +101,7 @@ class Bench:
         self.clock, self.outbox = Clock(), Outbox()
         model = ModelFacts("m", "", 100, 64, frozenset({1}), b"w" * 16, CLASS, "here", True, SPEC)
         self.facts = FaceFacts("d", model, PromptHasher(b"k" * 32, b"w" * 16, CLASS), 7, 10, 16, 8192, 4, 8, 64)
+        self.journal = None
         self.pull = KvPullTools(self, None, 7, SPEC, HANDOVER_LEASE, self.clock, Counter())  # type: ignore[arg-type]
         peers = tuple(Peer(f"p{n}", 1, f"p{n}:1") for n in range(num_peers))
         params = SamplingParams(max_tokens=9)

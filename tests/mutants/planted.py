@@ -9,6 +9,7 @@ import planted_certificates
 import planted_discovery
 import planted_doors
 import planted_engine
+import planted_fetching
 import planted_gpu
 import planted_handover
 import planted_kv
@@ -60,6 +61,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_worker_handover.py",
     ),
     "kv/handover/frames": ("tests/kv/test_wire.py", "tests/decode_worker/test_pull.py"),
+    "kv/handover/fetching": ("tests/kv/test_fetching.py",),
     "kv/handover/": (*_MACHINES, "tests/kv/test_handover_pair.py"),
     "kv/digest": ("tests/kv/test_digest.py", "tests/kv/test_wire.py"),
     "kv/store/store": ("tests/kv/test_store.py", "tests/kv/test_seal_in_place.py", "tests/kv/test_host_store.py"),
@@ -127,7 +129,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_worker_handover.py",
     ),
     "decode_worker/router_session": ("tests/decode_worker/test_router_session.py", *_SESSION),
-    "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION),
+    "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION, "tests/worker/test_fetching.py"),
+    "decode_worker/journal": ("tests/decode_worker/test_journal.py",),
+    "decode_worker/sources": ("tests/decode_worker/test_sources.py",),
+    "decode_worker/fetch": ("tests/worker/test_fetching.py",),
     "decode_worker/": (*_SESSION, "tests/worker/test_worker_handover.py", "tests/worker/test_worker_faults.py"),
     "prefill_worker/": (
         "tests/prefill_worker/test_prefill_task.py",
@@ -145,7 +150,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "router/requests/flow": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/links": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
-    "router/routing/recorded": ("tests/router/routing/test_recorded.py",),
+    "router/routing/buddies": ("tests/router/routing/test_buddies.py",),
+    "router/routing/policy": (*_PURE, "tests/router/routing/test_fetches.py"),
+    "router/routing/recorded": (
+        "tests/router/routing/test_fetches.py",
+        "tests/router/routing/test_recorded.py",
+    ),
     "router/requests/explain": ("tests/router/requests/test_explained.py",),
     "router/requests/history": ("tests/router/requests/test_history.py", "tests/sim/replay/test_decisions.py"),
     "router/api/grpc/guard": ("tests/router/api/test_guard.py", "tests/router/api/http/test_connections.py"),
@@ -222,6 +232,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
+    "worker/blocks/keep": ("tests/worker/test_why_not_kept.py", "tests/worker/test_keeping.py"),
+    "worker/blocks/departure": ("tests/worker/test_departure.py",),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (
         "tests/worker/test_announcer.py",
@@ -253,4 +265,5 @@ MUTANTS = [
     *planted_speculation.MUTANTS,
     *planted_models.MUTANTS,
     *planted_states.MUTANTS,
+    *planted_fetching.MUTANTS,
 ]

@@ -125,7 +125,7 @@ _ROUTER = [
         "disturbed = decode.num_decoding +",
     ),
     Mutant("router/routing/recorded.py", '"side": sides.index(side)', '"side": 0'),
-    Mutant("router/routing/recorded.py", "        if side not in sides:\n", "        if True:\n"),
+    Mutant("router/routing/recorded.py", "    if side not in sides:\n", "    if True:\n"),
     Mutant("router/routing/recorded.py", "int(blocks) for name", "1 for name"),
     Mutant(
         "router/routing/policy.py",
@@ -261,7 +261,7 @@ _LIVES = [
         "            return now_s\n",
     ),
     Mutant("router/requests/choosing.py", "patience_s = max(patience_s, limits.worker_return_s)", "pass"),
-    Mutant("router/requests/orders.py", "emitted_ids=emitted_ids)", "emitted_ids=emitted_ids[:-1])"),
+    Mutant("router/requests/orders.py", "emitted_ids=emitted_ids,", "emitted_ids=emitted_ids[:-1],"),
     Mutant("router/requests/orders.py", "is_leading=index == unfinished[0]", "is_leading=index == 0"),
     Mutant("router/workers/wire.py", "        emitted_tokens=len(emitted_ids),\n", ""),
     Mutant("router/workers/wire.py", "key.choice == 0 and not emitted_ids", "key.choice == 0"),

@@ -18,7 +18,7 @@ _DECODE = [
     ),
     Mutant("decode_worker/choice.py", "logprobs[start - first_index :][: len(counted)]", "logprobs[: len(counted)]"),
     Mutant("decode_worker/task.py", "        self._pull_waits = False\n        host", "        host"),
-    Mutant("decode_worker/task.py", "        elif not self._has_asked:  #", "        else:  #"),
+    Mutant("decode_worker/task.py", "        if not self._has_asked:\n", "        if True:\n"),
     Mutant("decode_worker/task.py", "                self._is_put_off = True\n", ""),
     Mutant("decode_worker/ledger.py", "self._newest.get(router, {})  #", "self._newest[router]  #"),
     Mutant(
@@ -40,8 +40,8 @@ _DECODE = [
     Mutant("decode_worker/task.py", '            self._pull.cancel("ended")\n', ""),
     Mutant(
         "decode_worker/task.py",
-        "        if not self.order.peers or self._verdict is not None:\n",
-        "        if not self.order.peers:\n",
+        "        if not (self.order.peers or self.order.sources) or self._verdict is not None:\n",
+        "        if not (self.order.peers or self.order.sources):\n",
     ),
     Mutant("decode_worker/task.py", "            identity_root=order.prompt.names.root,\n", ""),
     Mutant("decode_worker/task.py", "            emitted_tokens=order.num_emitted,\n", ""),
@@ -60,8 +60,8 @@ _DECODE = [
     Mutant("decode_worker/task.py", "            self._pull.bound()  # else", "            pass  # else"),
     Mutant(
         "decode_worker/task.py",
-        "        if self._pull is not None and self._pull_waits:\n            self._pull.bound()",
-        "        if self._pull is not None:\n            self._pull.bound()",
+        "        elif self._pull is not None and self._pull_waits:\n            self._pull.bound()",
+        "        elif self._pull is not None:\n            self._pull.bound()",
     ),
     Mutant("decode_worker/service.py", '            older.cancel("a newer dispatch")\n', "            pass\n"),
     Mutant(
@@ -204,15 +204,18 @@ _CLUSTER = [
     Mutant(
         "worker/announcer.py", "            failures = 0 if reached else failures + 1\n", "            failures += 1\n"
     ),
-    Mutant("worker/fetch.py", "            if found.num_blocks < len(asked):\n                return\n", ""),
-    Mutant("worker/fetch.py", "scope_from_wire(wanted)", "scope_from_wire(handover_pb2.FetchRequest())"),
-    Mutant("worker/fetch.py", "wanted.first_token + first * HASH_BLOCK_TOKENS", "wanted.first_token"),
-    Mutant("worker/fetch.py", "                digests=section.digests[layers, heads],\n", ""),
-    Mutant("worker/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
+    Mutant("worker/blocks/fetch.py", "scope_from_wire(wanted)", "scope_from_wire(handover_pb2.FetchRequest())"),
     Mutant(
-        "worker/fetch.py",
-        "                names = tuple(asked[: found.num_blocks])\n",
-        "                names = tuple(asked)\n",
+        "worker/blocks/fetch.py",
+        "self._wanted.first_token + self._first * HASH_BLOCK_TOKENS",
+        "self._wanted.first_token",
+    ),
+    Mutant("worker/blocks/fetch.py", "                digests=section.digests[layers, heads],\n", ""),
+    Mutant("worker/blocks/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
+    Mutant(
+        "worker/blocks/fetch.py",
+        "            part.identities[: found.num_blocks],\n",
+        "            part.identities,\n",
     ),
     Mutant(
         "cluster/restarts.py",

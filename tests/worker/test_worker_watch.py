@@ -180,7 +180,7 @@ async def test_fetch_gives_verified_frames_of_what_is_cached(
     assert len(frames[0].header.identities) == 3
     (leading,) = await fetch(identities=[*names[:2], unknown[2], *names[3:]])  # nothing is served behind a gap
     assert list(leading.header.identities) == list(names[:2])
-    monkeypatch.setattr("twostroke.worker.fetch.MAX_IDENTITIES", 3)
+    monkeypatch.setattr("twostroke.worker.blocks.fetch.MAX_IDENTITIES", 3)
     assert [list(frame.header.identities) for frame in await fetch(identities=names[:3])] == [list(names[:3])]
     for refused in ([b"short"], names[:4]):
         with pytest.raises(grpc.RpcError) as refusal:

@@ -6,6 +6,7 @@ identity serialisers; kv/handover/frames.py defines the format of the bytes.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ HANDOVER_SERVICE = "twostroke.v1.Handover"
 BLOCKS_SERVICE = "twostroke.v1.Blocks"
 TRANSFER = f"/{HANDOVER_SERVICE}/Transfer"
 FETCH = f"/{BLOCKS_SERVICE}/Fetch"
+KEEP = f"/{BLOCKS_SERVICE}/Keep"
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A frame has at most 16 MiB of planes (CacheConfig.frame_bytes); orders and pieces of snapshots are smaller."""
@@ -46,6 +48,7 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
 ServerContext = grpc.aio.ServicerContext[bytes, bytes]
 TransferHandler = Callable[[AsyncIterator[bytes], ServerContext], Awaitable[None]]
 FetchHandler = Callable[[bytes, ServerContext], AsyncIterator[bytes]]
+KeepHandler = Callable[[bytes, ServerContext], Awaitable[bytes]]
 
 
 class ByteStream(Protocol):
@@ -61,6 +64,18 @@ class ByteStream(Protocol):
 
     async def receive(self) -> bytes | None:
         """The next envelope; None at the stream's end, with or without an error."""
+        ...
+
+
+class OpenedStream(ByteStream, Protocol):
+    """The side that opened a stream, and ends it."""
+
+    async def finish(self) -> None:
+        """End our direction; envelopes sent before still arrive."""
+        ...
+
+    def close(self) -> None:
+        """End the stream now."""
         ...
 
 
@@ -119,6 +134,38 @@ class ClientStream:
         self._call.cancel()
 
 
+class FetchStream:
+    """The asking side of a Fetch; the one envelope that is sent is the request. `close` must be called."""
+
+    def __init__(self, ask: Callable[[bytes], grpc.aio.UnaryStreamCall[bytes, bytes]]) -> None:
+        self._ask = ask
+        self._call: grpc.aio.UnaryStreamCall[bytes, bytes] | None = None
+        self._asked = asyncio.Event()
+
+    async def send(self, envelope: bytes) -> None:
+        """Implements `ByteStream.send`: begins the call."""
+        self._call = self._ask(envelope)
+        self._asked.set()
+
+    async def receive(self) -> bytes | None:
+        """Implements `ByteStream.receive`; waits until the request is sent."""
+        await self._asked.wait()
+        assert self._call is not None
+        try:
+            message = await self._call.read()
+        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
+            return None
+        return message if isinstance(message, bytes) else None  # grpc.aio.EOF
+
+    async def finish(self) -> None:
+        """Implements `OpenedStream.finish`: the request was the last that is sent."""
+
+    def close(self) -> None:
+        """End the call now."""
+        if self._call is not None:
+            self._call.cancel()
+
+
 class Channels:
     """One channel per peer address, kept for all hand-overs to it."""
 
@@ -151,6 +198,24 @@ class Channels:
         frames: AsyncIterator[bytes] = method(request, timeout=timeout_s).__aiter__()
         return frames
 
+    def fetch_stream(self, address: str, timeout_s: float) -> FetchStream:
+        """Ask a worker for cached blocks: send the request, then frame envelopes come.
+
+        If the peer refuses or cannot be reached, the stream ends at once.
+        """
+        method: Any = self.to(address).unary_stream(FETCH)
+        return FetchStream(lambda request: method(request, timeout=timeout_s))
+
+    async def keep(self, address: str, request: bytes, timeout_s: float) -> bytes:
+        """Offer blocks to a worker; returns its reply.
+
+        Raises:
+            grpc.RpcError: the peer refused or is unreachable.
+        """
+        method: Any = self.to(address).unary_unary(KEEP)
+        reply: bytes = await method(request, timeout=timeout_s)
+        return reply
+
     async def close(self) -> None:
         """Close every channel; streams that are still open end."""
         channels, self._channel_by_address = list(self._channel_by_address.values()), {}
@@ -158,10 +223,13 @@ class Channels:
             await channel.close()
 
 
-def handlers(transfer: TransferHandler, fetch: FetchHandler) -> list[grpc.GenericRpcHandler]:
+def handlers(transfer: TransferHandler, fetch: FetchHandler, keep: KeepHandler) -> list[grpc.GenericRpcHandler]:
     """Handlers of the two raw-bytes services, for a worker's server."""
     handover: dict[str, Any] = {"Transfer": grpc.stream_stream_rpc_method_handler(_any(transfer))}
-    blocks: dict[str, Any] = {"Fetch": grpc.unary_stream_rpc_method_handler(_any(fetch))}
+    blocks: dict[str, Any] = {
+        "Fetch": grpc.unary_stream_rpc_method_handler(_any(fetch)),
+        "Keep": grpc.unary_unary_rpc_method_handler(_any(keep)),
+    }
     return [
         grpc.method_handlers_generic_handler(HANDOVER_SERVICE, handover),
         grpc.method_handlers_generic_handler(BLOCKS_SERVICE, blocks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.fakes.list_router import Router
+from support.fakes.list_router import MODEL, Router
 
 from twostroke.core import errors
 from twostroke.core.request import Role, SamplingParams
@@ -12,7 +12,8 @@ from twostroke.protos import worker_pb2
 from twostroke.router.requests.lifecycle import MAX_RESUMED_DISPATCHES
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.requests.suspects import PROOF_TOKENS
-from twostroke.router.routing.facts import WorkerKey
+from twostroke.router.routing.buddies import KEEPS
+from twostroke.router.routing.facts import WorkerFacts, WorkerKey
 from twostroke.router.routing.policy import PolicyLimits
 
 LONG = SamplingParams(max_tokens=100)
@@ -369,3 +370,80 @@ def test_what_a_draining_worker_gives_back_costs_none_of_the_retries() -> None:
         router.end(run, code="unavailable")
     router.pass_s(0.0)
     assert {placed(run).worker_id for run in runs} == {"b"}
+
+
+# ------------------------------------------------------------------ whose blocks it takes along
+
+
+def holding(router: Router, name: str, blocks: list[BlockIdentity]) -> None:
+    """A worker reports that it holds these blocks."""
+    router.roster.watching(WorkerKey(name, 1))
+    event = worker_pb2.WatchEvent(incarnation=1, sequence=1)
+    event.snapshot.identities, event.snapshot.last = b"".join(blocks), True
+    assert router.roster.take_event(WorkerKey(name, 1), event, router.now_s)
+
+
+def given_back(router: Router) -> RequestState:
+    """A stream on worker a, which drains and gives it back."""
+    run = router.ask(sampling=LONG)
+    while placed(run).worker_id != "a":
+        run = router.ask(f"r{router.life.is_idle}{len(router.orders)}", sampling=LONG)
+    router.tokens(run)
+    holding(router, "a", [BlockIdentity(bytes([n] * 16)) for n in range(3)])
+    router.roster.leaving(placed(run))
+    router.end(run, code="unavailable")
+    router.pass_s(0.0)
+    return run
+
+
+def test_a_stream_that_a_draining_worker_gives_back_names_it_as_the_source_of_its_blocks() -> None:
+    router = Router("a", "b")
+    router.identities = lambda *_: [BlockIdentity(bytes([n] * 16)) for n in range(3)]  # type: ignore[method-assign]
+    run = given_back(router)
+    assert placed(run).worker_id == "b"
+    (source,) = router.orders[-1].block_sources
+    assert (source.worker_id, source.incarnation, source.address, source.num_blocks) == ("a", 1, "a:1", 3)
+    assert run.dispatches[-1].choice.winner.prefill_held_tokens == 48
+    worker = router.roster.fleet.get("b")
+    assert worker is not None
+    assert worker.in_flight[(run.name, 0)].prefill_tokens == 3, "the rest is computed"
+    router.ask("fresh")
+    assert [bool(order.block_sources) for order in router.orders[-2:]] == [True, False], "a new request has none"
+
+
+def test_a_worker_that_cannot_answer_is_no_source() -> None:
+    for fault in ("gone", "silent", "holds none"):
+        router = Router("a", "b", "c")
+        router.identities = lambda *_: [BlockIdentity(bytes([n] * 16)) for n in range(3)]  # type: ignore[method-assign]
+        run = router.ask(sampling=LONG)
+        router.tokens(run)
+        key = placed(run)
+        if fault != "holds none":
+            holding(router, key.worker_id, [BlockIdentity(bytes([n] * 16)) for n in range(3)])
+        router.roster.leaving(key)
+        if fault == "gone":
+            router.roster.session_down(key, "closed", router.now_s)
+        else:
+            worker = router.roster.fleet.get(key.worker_id)
+            assert worker is not None
+            worker.silent = fault == "silent"
+            router.end(run, code="unavailable")
+        router.pass_s(0.0)
+        assert placed(run) != key
+        assert list(router.orders[-1].block_sources) == [], fault
+
+
+def test_each_stream_has_a_buddy_where_copies_are_wanted() -> None:
+    for has_buddies in (False, True):
+        router = Router(has_buddies=has_buddies)
+        for name in ("a", "b"):
+            facts = WorkerFacts(name, 1, Role.COMBINED, f"{name}:1", MODEL, 1000, 16, 16, 2048, capabilities=(KEEPS,))
+            router.roster.announced(facts, router.now_s)
+            router.roster.session_up(facts.key, facts, router.now_s)
+            router.up.add(facts.key)
+        run = router.ask(sampling=LONG)
+        (order,) = router.orders
+        assert order.HasField("buddy") == has_buddies
+        if has_buddies:
+            assert {placed(run).worker_id, order.buddy.worker_id} == {"a", "b"}
+            assert order.buddy.address == f"{order.buddy.worker_id}:1"
