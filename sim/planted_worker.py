@@ -99,8 +99,8 @@ def ends_overtake_tokens() -> AbstractContextManager[None]:
 
 
 def _ordering(change: Any) -> AbstractContextManager[None]:
-    def submit(*given: Any, emitted_ids: tuple[int, ...] = ()) -> worker_pb2.Submit:
-        return change(submit_to_wire(*given, emitted_ids=emitted_ids))  # type: ignore[no-any-return]
+    def submit(*given: Any, **named: Any) -> worker_pb2.Submit:
+        return change(submit_to_wire(*given, **named))  # type: ignore[no-any-return]
 
     return instead(orders, "submit_to_wire", submit)
 
