@@ -17,7 +17,7 @@ from support.checkpoints.tiny_families import TinyFamily, write_family
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.checkpoint.int4 import int4_bytes, int4_matrices
-from twostroke.checkpoint.layout import HEAD, layer_layout
+from twostroke.checkpoint.layout import HEAD, layer_layout, weight_bytes
 from twostroke.checkpoint.quantised.matrices import AwqMatrix, GptqMatrix, PackedMatrix, ScaledMatrix, StoredMatrix
 from twostroke.checkpoint.sizes import held_bytes
 from twostroke.kernels.cpu.build import NativeUnavailable
@@ -93,6 +93,13 @@ def test_gguf_q4_0_stays_as_stored(name: str, make_hand: Callable[..., Hand], tm
     assert close_to_torch(path, make_hand)
 
 
+def test_other_types_of_gguf_are_decoded(tmp_path: Path) -> None:
+    write_family(FAMILIES["llama"], tmp_path)
+    write_gguf(tmp_path, tmp_path / "m.gguf", Kind.F16)
+    assert not int4_matrices(tmp_path / "m.gguf")
+    assert not taken(tmp_path / "m.gguf")
+
+
 def close_to_torch(path: Path, make_hand: Callable[..., Hand]) -> bool:
     """Whether logits in float32 are those of torch over the decoded matrices."""
     ids = list(range(3, 40))
@@ -139,6 +146,21 @@ def test_a_tied_head_of_q4_0_is_counted(tmp_path: Path) -> None:
     matrices = {name: count for name, count in int4_matrices(path).items() if name != HEAD}  # the table is the head
     numbers = sum(rows * columns for name, (rows, columns) in shapes(path, matrices).items())
     assert saved == 2 * numbers - sum(matrices.values())
+
+
+def test_only_whole_matrices_that_are_packed_as_such_save_memory(family_directory: Callable[[str], Path]) -> None:
+    def bytes_with(name: str, *stay: str) -> int:
+        return weight_bytes(load_spec(family_directory(name)), "bfloat16", as_stored=dict.fromkeys(stay, 1))
+
+    at = "model.layers.1."
+    for name, inside in (
+        ("llama-biases", "self_attn.q_proj"),  # joined with keys and values, which do not stay
+        ("deepseek-v2", "self_attn.kv_b_proj"),  # taken apart
+        ("deepseek-v2", "mlp.gate"),  # exact
+    ):
+        assert bytes_with(name, f"{at}{inside}.weight") == bytes_with(name), inside
+    output = "self_attn.o_proj"
+    assert bytes_with("llama-biases", f"{at}{output}.weight") < bytes_with("llama-biases")
 
 
 def shapes(path: Path, names: object) -> dict[str, tuple[int, int]]:
