@@ -74,7 +74,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
     **dict.fromkeys(
-        ("checkpoint/int4", "checkpoint/layout", "checkpoint/sizes", "model/weights/quantised/", "model/ops/int4"),
+        ("checkpoint/int4", "checkpoint/layout", "checkpoint/sizes", "model/weights/quantised/int4", "model/ops/int4"),
         ("tests/model/test_int4_checkpoints.py", "tests/model/test_int4_ops.py"),
     ),
     "checkpoint/adapters/": ("tests/checkpoint/test_adapters.py",),
