@@ -258,11 +258,14 @@ def _saved_by_int8(matrix: Matrix, dtype: DType) -> int:
 
 
 def _saved_as_stored(spec: ModelSpec, index: int, dtype: DType, as_stored: Mapping[str, int]) -> int:
-    """Bytes that a layer's matrices save by staying as stored. A latent's up-projection is taken apart instead."""
-    saved = 0
+    """Bytes that a layer's matrices save by staying as stored. Not those that loading takes apart."""
+    saved, attention = 0, spec.attention
+    apart = {"kv_up", "input", "rates"}
+    if isinstance(attention, PlainAttention) and attention.output_gate:
+        apart.add("qkv")  # its rows are reordered
     for key, matrix in layer_layout(spec, index, as_stored).matrices.items():
         names = [name + ".weight" for name, _ in matrix.parts]
-        if key != "kv_up" and not matrix.exact and all(name in as_stored for name in names):
+        if key not in apart and not matrix.exact and all(name in as_stored for name in names):
             saved += matrix.rows * matrix.columns * DTYPE_BYTES[dtype] - sum(as_stored[name] for name in names)
     return saved
 

@@ -11,7 +11,7 @@ _DECISION = [
     Mutant("checkpoint/int4.py", " + (matrix.zeros is not None)", ""),
     Mutant("checkpoint/int4.py", "0 if index is None else _ORDER_BYTES * matrix.columns", "0"),
     Mutant("checkpoint/int4.py", "stored.kind == GGUF_Q4_0 and ", ""),
-    Mutant("checkpoint/layout.py", 'key != "kv_up" and not matrix.exact and ', ""),
+    Mutant("checkpoint/layout.py", "key not in apart and not matrix.exact and ", ""),
     Mutant("checkpoint/layout.py", "all(name in as_stored", "any(name in as_stored"),
     Mutant("checkpoint/layout.py", "EMBEDDING if spec.tied_embeddings else HEAD, head_bytes", "HEAD, head_bytes"),
     Mutant("checkpoint/sizes.py", ' and model.quantization == "none" and not part', ""),
