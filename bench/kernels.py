@@ -1,7 +1,8 @@
 """How fast the KV kernels move bytes, beside what memory allows on the same device in the same run.
 
 `python bench/kernels.py [--tokens 4096] [--sequences 16] [--context 2048]`. With a GPU the Triton kernels, without one
-the torch reference that serves on CPUs. A line is printed only after its result was held against the reference.
+the torch reference that serves on CPUs, and products with 4-bit weights. A line is printed only after its result was
+held against the reference.
 """
 
 import argparse
@@ -16,9 +17,12 @@ import torch
 from twostroke.kernels import reference, reference_attention
 from twostroke.kernels.reference import Planes
 from twostroke.kv import codec, digest
+from twostroke.model.ops.int4 import Int4Matrix, decoded
+from twostroke.model.ops.native_ops import NativeOps
 
 KV_HEADS, GROUP, WIDTH, BLOCK_TOKENS = 8, 4, 128, 16
 ROW_BYTES = WIDTH + 1  # fp8 payload and its scale
+SIDE, NUM_MATRICES = 4096, 24  # of the matrices of 4-bit groups
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,30 @@ def bench_wire(sizes: Sizes) -> None:
     report("digest.frame_digests, fp8", fp8_bytes, seconds, limit)
 
 
+def bench_int4(threads: int, limit: float) -> None:
+    """Matrices of 4-bit groups, more than any cache holds, by rows of bfloat16: bytes of their panels."""
+    ops = NativeOps(torch.bfloat16, threads)
+    stored = [
+        Int4Matrix(torch.randint(0, 256, (SIDE, SIDE // 2), dtype=torch.uint8), torch.rand(SIDE, SIDE // 32).half())
+        for _ in range(NUM_MATRICES)
+    ]
+    packed = [ops.pack_int4(matrix) for matrix in stored]
+    ops.prepare()
+    for rows in (1, 16):
+        x = torch.randn(rows, SIDE).bfloat16()
+        expected = x.float() @ decoded(stored[0]).t()
+        torch.testing.assert_close(
+            ops.linear(x, packed[0]).float(), expected, rtol=1e-2, atol=1e-2 * float(expected.std())
+        )
+
+        def run(x: torch.Tensor = x) -> None:
+            for matrix in packed:
+                ops.linear(x, matrix)
+
+        moved = sum(matrix.num_bytes for matrix in packed)
+        report(f"linear of 4-bit groups of 32, {rows} rows", moved, median_seconds(run, "cpu"), limit)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens stored in one step")
@@ -142,6 +170,8 @@ def main() -> None:
     bench_store(sizes, device, limit)
     bench_attention(sizes, device, limit)
     bench_wire(sizes)
+    if device == "cpu":
+        bench_int4(torch.get_num_threads(), limit)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Names are Hugging Face's. Projections may be fused (`qkv_proj`, `gate_up_proj`),
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from .spec import (
     DTYPE_BYTES,
@@ -221,8 +222,11 @@ def weight_bytes(
     *,
     packs_head: bool = False,
     maps_table: bool = False,
+    as_stored: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
     """Bytes of the weights in `dtype`; with int8, quantised matrices take one byte per number and four per row.
+
+    `as_stored`: bytes of matrices that stay as they are stored, by name. A matrix of several does, if all of them do.
 
     The embedding is a table in `dtype`. A tied head shares its memory, unless it is quantised or `packs_head`. With
     `maps_table`, a table that no product reads is a view of its file, and is not counted.
@@ -236,6 +240,9 @@ def weight_bytes(
     if quantised:
         held -= sum(_saved_by_int8(matrix, dtype) for matrix in _matrices(spec))
         head_bytes -= _saved_by_int8(head, dtype)
+    elif as_stored:
+        held -= sum(_saved_as_stored(spec, index, dtype, as_stored) for index in range(spec.num_layers))
+        head_bytes = as_stored.get(EMBEDDING if spec.tied_embeddings else HEAD, head_bytes)
     if spec.tied_embeddings and not (quantised or packs_head):
         return held + head_bytes
     return held + head_bytes + (0 if maps_table else table * DTYPE_BYTES[dtype])
@@ -248,6 +255,19 @@ def _matrices(spec: ModelSpec) -> Iterator[Matrix]:
 
 def _saved_by_int8(matrix: Matrix, dtype: DType) -> int:
     return matrix.rows * (matrix.columns * (DTYPE_BYTES[dtype] - 1) - 4)
+
+
+def _saved_as_stored(spec: ModelSpec, index: int, dtype: DType, as_stored: Mapping[str, int]) -> int:
+    """Bytes that a layer's matrices save by staying as stored. Not those that loading takes apart."""
+    saved, attention = 0, spec.attention
+    apart = {"kv_up", "input", "rates"}
+    if isinstance(attention, PlainAttention) and attention.output_gate:
+        apart.add("qkv")  # its rows are reordered
+    for key, matrix in layer_layout(spec, index, as_stored).matrices.items():
+        names = [name + ".weight" for name, _ in matrix.parts]
+        if key not in apart and not matrix.exact and all(name in as_stored for name in names):
+            saved += matrix.rows * matrix.columns * DTYPE_BYTES[dtype] - sum(as_stored[name] for name in names)
+    return saved
 
 
 def _size(shape: tuple[int, ...]) -> int:

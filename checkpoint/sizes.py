@@ -7,26 +7,30 @@ from pathlib import Path
 from ..core.errors import ConfigError
 from ..kv.spec import CODEC_NAMES
 from .config import DTypeChoice, Kernels, ModelConfig
+from .int4 import int4_matrices
 from .layout import EMBEDDING, weight_bytes
 from .safetensors_files import stored_dtype
 from .spec import DType, ModelSpec
 
 
-def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels) -> int:
+def held_bytes(path: Path, spec: ModelSpec, model: ModelConfig, kernels: Kernels, *, part: bool = False) -> int:
     """Upper bound of the memory of a worker's weights with these kernels, in bytes.
 
     `spec`: of the model, or of a tensor-parallel rank (`RankSpec.local`), whose own weights are counted then.
     Native kernels pack every matrix, also a tied head, and leave the embedding in its file if it has the compute dtype.
-    They usually store bfloat16 in 12 bits instead of 16, but that is known only after the weights were read. The other
-    kernels store int8 weights in the compute dtype.
+    They usually store bfloat16 in 12 bits instead of 16, but that is known only after the weights were read. Matrices
+    of 4-bit groups stay as stored (int4.py), unless `part`: the spec is that of one of several ranks. The other kernels
+    store int8 weights, and 4-bit ones, in the compute dtype.
     """
     dtype = compute_dtype(spec, model.dtype)
+    stay = kernels == "native" and model.quantization == "none" and not part
     return weight_bytes(
         spec,
         dtype,
         model.quantization if kernels == "native" else "none",
         packs_head=kernels == "native" or model.quantization != "none",
         maps_table=kernels != "triton" and stored_dtype(path, EMBEDDING) == dtype,
+        as_stored=int4_matrices(path) if stay else {},
     )
 
 

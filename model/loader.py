@@ -28,7 +28,7 @@ from .weights.rank_source import cut_source
 from .weights.tensors import open_source, weights_fingerprint
 from .weights.weights import load_weights
 
-KERNEL_SET_VERSION = 7  # increase it with every change that can change a bit of any logit
+KERNEL_SET_VERSION = 8  # increase it with every change that can change a bit of any logit
 
 
 @dataclass(frozen=True, slots=True)

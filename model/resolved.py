@@ -75,7 +75,7 @@ def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) 
             f"adapters are to be served (model.lora_modules or enable_lora) by workers of {num_ranks} tensor-parallel "
             "ranks; they are served on one rank in this release: leave one of the two out"
         )
-    weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels)
+    weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels, part=True)
     step = step_bytes(rank.local, model.dtype)
     of_all = StepBytes(num_ranks * step.per_token, num_ranks * step.per_row)
     return MemoryNeeds(weight_bytes, model.kv_spec.of_all_ranks(num_ranks), model.max_model_len, of_all)

@@ -151,6 +151,8 @@ GOALS = (
     Goal("prefill 1", "twostroke int8", 1.1, "8-bit", "prefill, batch 1, 8-bit weights"),
     Goal("decode 1", "twostroke int8", 1.1, "llama.cpp q8_0", "decode, batch 1, 8-bit weights"),
     Goal("decode 16", "twostroke int8", 2.0, "any", "decode, batch 16, 8-bit weights"),
+    Goal("decode 1", "twostroke q4_0", 1.1, "llama.cpp q4_0", "decode, batch 1, 4-bit weights"),
+    Goal("decode 16", "twostroke q4_0", 1.5, "llama.cpp q4_0", "decode, batch 16, 4-bit weights"),
 )
 MAX_OVERHEAD = 0.05  # of a decode step at batch 16: all that is not the decoder
 MEMORY_FACTOR, MEMORY_SLACK_BYTES = 1.15, 400e6  # of weights plus KV pool

@@ -1,7 +1,8 @@
 """Contestant: Twostroke's real engine: scheduler, paged cache, sampling, and tokens streamed through its link.
 
-Variants: `none`, `int8` (what `model.quantization` takes). The decoder's own time is taken by wrapping the two
-calls that the runner makes to it; what remains of a step is scheduler, batch, sampling, seals and streaming.
+Variants: `none`, `int8` (what `model.quantization` takes), `q4_0` (the GGUF file, whose 4-bit groups stay as stored).
+The decoder's own time is taken by wrapping the two calls that the runner makes to it; what remains of a step is
+scheduler, batch, sampling, seals and streaming.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class Ours:
             block_tokens=BLOCK_TOKENS,
             num_threads=self.given.threads,
         )
-        config = ModelConfig(quantization=self.given.variant)
+        is_file = self.given.variant == "q4_0"
+        path = self.given.checkpoint / ("q4_0.gguf" if is_file else "hf")
+        config = ModelConfig(quantization="none" if is_file else self.given.variant)
         _keep_to_isa()
-        runner = load_runner(resolve(self.given.checkpoint / "hf", config, "auto", "cpu", built_library), options)
+        runner = load_runner(resolve(path, config, "auto", "cpu", built_library), options)
         step = StepConfig()
         # Prompts in whole steps, as the peers compute them: in service they give way to streams (`step.target_ms`), and
         # the first sequences of a batch would end before the last begins to decode.
@@ -157,13 +160,15 @@ def _keep_to_isa() -> None:
 
 
 def _weight_bytes(quantization: str) -> int:
-    """bf16 throughout; int8: a byte per number of every matrix that is multiplied by, and a float32 per its row."""
+    """bf16, but in products int8: a byte per number and a float32 per row of a matrix; q4_0: 18 bytes per 32."""
     hidden, ffn = checkpoint.HIDDEN, checkpoint.FFN
     query, key = checkpoint.HEADS * checkpoint.HEAD_DIM, checkpoint.KV_HEADS * checkpoint.HEAD_DIM
     layer = [(query + 2 * key, hidden), (hidden, query), (2 * ffn, hidden), (hidden, ffn)]
     matrices = [*layer * checkpoint.LAYERS, (checkpoint.VOCABULARY, hidden)]
     numbers = sum(rows * columns for rows, columns in matrices)
     others = 2 * (checkpoint.VOCABULARY * hidden + (2 * checkpoint.LAYERS + 1) * hidden)  # embedding and norms
+    if quantization == "q4_0":
+        return others + numbers * 18 // 32
     return others + (2 * numbers if quantization == "none" else numbers + 4 * sum(rows for rows, _ in matrices))
 
 

@@ -1,6 +1,6 @@
 """Contestant: llama.cpp through llama-cpp-python's low-level calls, so that batches are real ones.
 
-Variants: `bf16` or `q8_0`, with `-fa` for flash attention.
+Variants: `bf16`, `q8_0` or `q4_0`, with `-fa` for flash attention.
 """
 
 from __future__ import annotations

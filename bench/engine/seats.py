@@ -37,7 +37,7 @@ class Entry:
     name: str
     script: str
     variant: str
-    group: str  # "16-bit" or "8-bit"
+    group: str  # "16-bit", "8-bit" or "4-bit"
     environment: str | None = None  # None: the project's own
 
     @property
@@ -49,11 +49,14 @@ class Entry:
 ENTRIES = (
     Entry("twostroke bf16", "ours.py", "none", "16-bit"),
     Entry("twostroke int8", "ours.py", "int8", "8-bit"),
+    Entry("twostroke q4_0", "ours.py", "q4_0", "4-bit"),
     Entry("transformers bf16", "peer_transformers.py", "", "16-bit", "transformers"),
     Entry("llama.cpp bf16", "peer_llama_cpp.py", "bf16", "16-bit", "llama_cpp"),
     Entry("llama.cpp bf16, flash", "peer_llama_cpp.py", "bf16-fa", "16-bit", "llama_cpp"),
     Entry("llama.cpp q8_0", "peer_llama_cpp.py", "q8_0", "8-bit", "llama_cpp"),
     Entry("llama.cpp q8_0, flash", "peer_llama_cpp.py", "q8_0-fa", "8-bit", "llama_cpp"),
+    Entry("llama.cpp q4_0", "peer_llama_cpp.py", "q4_0", "4-bit", "llama_cpp"),
+    Entry("llama.cpp q4_0, flash", "peer_llama_cpp.py", "q4_0-fa", "4-bit", "llama_cpp"),
     Entry("openvino f16", "peer_openvino.py", "f16", "16-bit", "openvino"),
     Entry("openvino q8_0", "peer_openvino.py", "q8_0", "8-bit", "openvino"),
     Entry("vllm bf16, eager", "peer_vllm.py", "eager", "16-bit", "vllm"),
@@ -62,7 +65,7 @@ ENTRIES = (
 LIMITS = Entry("machine", "limits.py", "", "limits")
 AVX2 = "x86-64-v3"
 """The compiler's name for a machine with AVX2 and FMA, and without AVX-512."""
-_AVX2_ENTRIES = ("twostroke", "llama.cpp q8_0", "openvino")  # those that can be kept to AVX2
+_AVX2_ENTRIES = ("twostroke", "llama.cpp q8_0", "llama.cpp q4_0", "openvino")  # those that can be kept to AVX2
 _AVX2_SURROUNDINGS = {"ATEN_CPU_CAPABILITY": "avx2", "TWOSTROKE_BENCH_ISA": AVX2}
 # OpenVINO 2026.4 does not start under ONEDNN_MAX_CPU_ISA=AVX2 where the machine has more, so it has all of it.
 

@@ -1,4 +1,4 @@
-"""The reference checkpoint as GGUF: bf16, float16 (for readers without bf16) and Q8_0. Runs where `gguf` is installed.
+"""The reference checkpoint as GGUF: bf16, float16 (for readers without bf16), Q8_0, Q4_0. Runs where `gguf` is.
 
 python to_gguf.py CHECKPOINT_FOLDER
 """
@@ -34,7 +34,7 @@ NAMES = {
 def main() -> None:
     """Write both files beside the checkpoint."""
     folder = Path(sys.argv[1])
-    for name, kind in (("bf16", Kind.BF16), ("f16", Kind.F16), ("q8_0", Kind.Q8_0)):
+    for name, kind in (("bf16", Kind.BF16), ("f16", Kind.F16), ("q8_0", Kind.Q8_0), ("q4_0", Kind.Q4_0)):
         target = folder / f"{name}.gguf"
         if not target.exists():
             part = folder / f"{name}.part"

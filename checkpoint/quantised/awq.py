@@ -5,7 +5,7 @@ Source: AutoAWQ 0.2, config of its `gemm` version.
 
 from __future__ import annotations
 
-from .headers import FLOATS, ModuleTensors
+from .headers import FLOATS, ITEM_BYTES, ModuleTensors
 from .keys import Keys
 from .matrices import AwqMatrix, StoredMatrix
 from .methods import INFORMATIVE, refuse_other_bits
@@ -50,4 +50,4 @@ def awq_matrix(tensors: ModuleTensors, group: int, *, has_zeros: bool) -> AwqMat
     zeros = None
     if has_zeros or "qzeros" in tensors.by_role:
         zeros = tensors.need("qzeros", ("I32",), (groups, rows // 8)).name
-    return AwqMatrix(rows, columns, weight.name, scale.name, zeros, group)
+    return AwqMatrix(rows, columns, weight.name, scale.name, zeros, group, ITEM_BYTES[scale.dtype])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ...core.errors import CheckpointError
-from .headers import EXPONENTS, FLOAT8, FLOATS, ModuleTensors
+from .headers import EXPONENTS, FLOAT8, FLOATS, ITEM_BYTES, ModuleTensors
 from .keys import Keys
 from .matrices import Float4Matrix, PackedMatrix, ScaledMatrix, StoredMatrix
 from .methods import INFORMATIVE, activation_remark
@@ -132,7 +132,7 @@ def _packed(tensors: ModuleTensors, scheme: WeightScheme) -> PackedMatrix:
     index = None
     if "weight_g_idx" in tensors.by_role:
         index = tensors.need("weight_g_idx", ("I32", "I64"), (columns,)).name
-    return PackedMatrix(rows, columns, weight.name, scale.name, bits, group, zeros, index)
+    return PackedMatrix(rows, columns, weight.name, scale.name, bits, group, zeros, index, ITEM_BYTES[scale.dtype])
 
 
 def _float4(tensors: ModuleTensors, scheme: WeightScheme) -> Float4Matrix:

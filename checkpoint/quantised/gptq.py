@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .headers import FLOATS, ModuleTensors
+from .headers import FLOATS, ITEM_BYTES, ModuleTensors
 from .keys import Keys
 from .matrices import GptqMatrix, StoredMatrix
 from .methods import INFORMATIVE, refuse_other_bits
@@ -83,7 +83,9 @@ def gptq_matrix(tensors: ModuleTensors, bits: int, group: int, zero_offset: int)
     scale = tensors.need("scales", FLOATS, (groups, rows))
     zeros = tensors.need("qzeros", ("I32",), (groups, rows * bits // 32))
     index = tensors.need("g_idx", ("I32", "I64"), (columns,)).name if "g_idx" in tensors.by_role else None
-    return GptqMatrix(rows, columns, weight.name, scale.name, zeros.name, bits, group, zero_offset, index)
+    return GptqMatrix(
+        rows, columns, weight.name, scale.name, zeros.name, bits, group, zero_offset, index, ITEM_BYTES[scale.dtype]
+    )
 
 
 def _settings(keys: Keys, base: _Settings | None) -> _Settings:

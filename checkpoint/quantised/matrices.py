@@ -51,6 +51,7 @@ class PackedMatrix(StoredMatrix):
     group: int  # columns that share a scale
     zeros: str | None = None
     group_index: str | None = None  # int32 [columns]: group of each column
+    scale_bytes: int = 4  # of one scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class GptqMatrix(StoredMatrix):
     group: int
     zero_offset: int  # 1: the format's first version
     group_index: str | None = None
+    scale_bytes: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class AwqMatrix(StoredMatrix):
     scale: str  # [groups, rows]
     zeros: str | None  # packed like the weight: [groups, rows / 8]; None: 8 everywhere
     group: int
+    scale_bytes: int = 4
 
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # row of a word's eight that its bits 4i to 4i + 3 hold

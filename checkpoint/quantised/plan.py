@@ -162,8 +162,8 @@ def _told(count: int, keys: Keys) -> tuple[str, ...]:
     if not count:
         return (f"no matrix is stored quantised, although the config names {name}",)
     return (
-        f"{count} matrices are stored quantised ({name}); they are decoded while loading and held in the "
-        "compute dtype, or in 8 bits with model.quantization: int8",
+        f"{count} matrices are stored quantised ({name}); CPU kernels multiply those of 4-bit groups as stored, others "
+        "are decoded while loading and held in the compute dtype; with model.quantization: int8, all in 8 bits",
     )
 
 

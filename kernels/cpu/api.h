@@ -8,7 +8,7 @@
 class Threads;  // threads.h
 class Group;    // group.h
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4 };
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4, INT4 = 5, FLOAT16 = 6 };
 enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
 
 // Part of the last layer that a call of twostroke_layers computes. Most rows of a prompt need only their keys and values there.
@@ -24,7 +24,8 @@ enum WhyGone : int32_t { DECLARED = 0, SILENT = 1, LEFT = 2, LATE = 3 };
 
 extern "C" {
 
-// A matrix [columns, inner] in panels of 16 columns, one every panel_bytes. Layout of a panel: linear/linear.cpp, linear/int8.cpp.
+// A matrix [columns, inner] in panels of 16 columns, one every panel_bytes. Layout of a panel: linear/linear.cpp, linear/int8.cpp,
+// linear/int4.h.
 struct Matrix {
     const void* panels;
     const float* scales;  // INT8: one per column; else null
@@ -32,6 +33,10 @@ struct Matrix {
     int64_t panel_bytes;
     int32_t kind, columns, inner;
     int32_t float32_out;  // 1: Python makes `out` float32, for x of any kind. Kernels read Rows::kind instead.
+    // INT4 only. `group`, a multiple of 8 that divides inner: neighbours in k that share a scale of kind scale_kind (FLOAT32,
+    // BFLOAT16 or FLOAT16) and, with has_zeros, a zero point.
+    int32_t group, scale_kind, has_zeros, reserved;
+    const int32_t* order;  // [inner]: number k of a column multiplies number order[k] of a row; null: number k
 };
 
 // Rows of numbers: row r starts at data + r * stride numbers.
@@ -178,7 +183,7 @@ void twostroke_stop_threads(Threads* threads);
 
 // ---------------------------------------------------------------- matrices
 
-// Bytes of one panel of a matrix of `kind`, except CODED. pairs: 1 if the rows that it is multiplied with are bfloat16.
+// Bytes of one panel of a matrix of `kind`, except CODED and INT4. pairs: 1 if the rows that it is multiplied with are bfloat16.
 int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs);
 
 // Bytes of one panel of this bfloat16 matrix in the CODED form. 0: the form does not pay, because too many weights are odd
@@ -188,6 +193,14 @@ int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int3
 // Copy numbers [columns, inner] into panels of `kind`. CODED panels are made from bfloat16.
 void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t columns, int32_t inner, int32_t pairs,
                     int64_t panel_bytes, void* to);
+
+// Bytes of one panel of an INT4 matrix; fields as in Matrix.
+int64_t twostroke_int4_panel_bytes(int32_t inner, int32_t group, int32_t scale_kind, int32_t has_zeros);
+
+// Copy numbers [columns, inner / 2], the first of two in a byte's low bits, scales [columns, inner / group] of scale_kind and zero
+// points [columns, inner / group] (has_zeros; 0 to 15) into matrix->panels. A number q counts as (q - zero) * scale; without zero
+// points, zero is 8.
+void twostroke_pack_int4(Threads* threads, const uint8_t* numbers, const void* scales, const uint8_t* zeros, const Matrix* matrix);
 
 // out [rows, columns] = x [rows, inner] times the matrix. x: float32, or bfloat16 (inner even, unless the weights are int8).
 // scratch: at least (rows + 32) * (4 * inner + 16) bytes, 64-byte aligned. out must not overlap x.

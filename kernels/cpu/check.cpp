@@ -69,6 +69,39 @@ bool right(int kind, int x_kind, int rows, int columns, int inner) {
     return true;
 }
 
+bool right_int4(int x_kind, int rows, bool has_zeros) {
+    const int columns = 40, inner = 96, group = 32, groups = inner / group;
+    uint32_t seed = 9;
+    Buffer x(4l * rows * inner), out(4l * rows * columns), scratch(4l * (rows + 32) * (inner + 4));
+    std::vector<float> xs((int64_t)rows * inner), scales(columns * groups);
+    std::vector<uint8_t> pairs(columns * inner / 2), zeros(columns * groups);
+    for (int64_t i = 0; i < (int64_t)xs.size(); i++) write(x.data, i, xs[i] = number(seed), x_kind);
+    for (auto& pair : pairs) pair = (uint8_t)(number(seed) * 64.0f + 128.0f);
+    for (int i = 0; i < columns * groups; i++) scales[i] = number(seed), zeros[i] = (uint8_t)(i % 16);
+    Threads threads(2);
+    Matrix matrix{};
+    matrix.kind = INT4, matrix.columns = columns, matrix.inner = inner;
+    matrix.group = group, matrix.scale_kind = FLOAT32, matrix.has_zeros = has_zeros;
+    matrix.panel_bytes = twostroke_int4_panel_bytes(inner, group, FLOAT32, has_zeros);
+    Buffer panels((columns + 15) / 16 * matrix.panel_bytes);
+    matrix.panels = panels.data;
+    twostroke_pack_int4(&threads, pairs.data(), scales.data(), has_zeros ? zeros.data() : nullptr, &matrix);
+    Rows in{x.data, inner, rows, x_kind}, to{out.data, columns, rows, FLOAT32};
+    twostroke_linear(&threads, &matrix, &in, &to, NO_ACTIVATION, columns, (uint32_t*)scratch.data);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) {
+            double sum = 0, size = 0;
+            for (int k = 0; k < inner; k++) {
+                const int at = c * groups + k / group, zero = has_zeros ? zeros[at] : 8;
+                const int number = pairs[(c * inner + k) / 2] >> (k % 2 ? 4 : 0) & 15;
+                const double product = (double)xs[(int64_t)r * inner + k] * (number - zero) * scales[at];
+                sum += product, size += std::fabs(product);
+            }
+            if (!(std::fabs(read(out.data, (int64_t)r * columns + c, FLOAT32) - sum) <= 1e-5 * (size + 1.0))) return false;
+        }
+    return true;
+}
+
 }  // namespace
 
 extern "C" int32_t twostroke_self_check() {
@@ -79,5 +112,9 @@ extern "C" int32_t twostroke_self_check() {
                     if ((kind == INT8 || kind == x_kind) && !right(kind, x_kind, rows, 40, inner)) return 1;
     for (int rows : {1, 3, 16, 50, 70})
         if (coded::DECODES && !right(CODED, BFLOAT16, rows, 40, 264)) return 1;
+    for (int rows : {1, 2, 3, 16, 50})
+        for (int x_kind : {FLOAT32, BFLOAT16})
+            for (bool has_zeros : {false, true})
+                if (!right_int4(x_kind, rows, has_zeros)) return 1;
     return 0;
 }

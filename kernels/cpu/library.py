@@ -13,7 +13,7 @@ from typing import Any
 
 from .build import built_library
 
-FLOAT32, BFLOAT16, INT8, FP8, CODED = range(5)
+FLOAT32, BFLOAT16, INT8, FP8, CODED, INT4, FLOAT16 = range(7)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
 ADAPTED_QKV, ADAPTED_OUTPUT, ADAPTED_GATE_UP, ADAPTED_DOWN, NUM_ADAPTED = range(5)  # matrices of a layer
 NO_ACTIVATION, SILU, GELU_TANH, CLAMPED_SWIGLU = range(-1, 3)
@@ -36,6 +36,8 @@ class Matrix(ctypes.Structure):
         ("columns", c_int32),
         ("inner", c_int32),
         ("float32_out", c_int32),  # 1: answers are float32, for rows of any dtype
+        *((name, c_int32) for name in ("group", "scale_kind", "has_zeros", "reserved")),  # INT4 only
+        ("order", c_void_p),
     )
 
 
@@ -231,6 +233,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "panel_bytes": (c_int64, (c_int32, c_int32, c_int32)),
     "coded_panel_bytes": (c_int64, (c_void_p, c_void_p, c_int32, c_int32)),
     "pack": (None, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int64, c_void_p)),
+    "int4_panel_bytes": (c_int64, (c_int32, c_int32, c_int32, c_int32)),
+    "pack_int4": (None, (c_void_p, c_void_p, c_void_p, c_void_p, POINTER(Matrix))),
     "linear": (None, (c_void_p, POINTER(Matrix), _ROWS, _ROWS, c_int32, c_int32, c_void_p)),
     "add_changes": (None, (c_void_p, POINTER(AdapterRows), c_int32, c_int32, _ROWS, _ROWS)),
     "gate": (None, (c_void_p, _ROWS, _ROWS, c_int32, c_int32)),

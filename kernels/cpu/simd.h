@@ -304,6 +304,22 @@ inline U32 pack_rounded(F32 low, F32 high) {
 #endif
 }
 
+// ---------------------------------------------------------------- halves
+
+// Sixteen IEEE halves as float32.
+inline F32 load_half(const void* p) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(TWOSTROKE_AVX2)
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+#else
+    const U32 bits = widen_u16(load<U16x16>(p)), magnitude = (bits & 0x7FFFu) << 13;
+    const U32 value = (U32)((F32)magnitude * splat(0x1p112f));  // a half's bias is 112 below float32's
+    const U32 without_end = (U32)((I32)magnitude >= 0x0F800000) & 0x7F800000u;  // infinities and NaNs
+    return (F32)(value | without_end | (bits & 0x8000u) << 16);
+#endif
+}
+
 // ---------------------------------------------------------------- bytes
 
 #if defined(TWOSTROKE_AVX2)

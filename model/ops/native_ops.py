@@ -27,10 +27,12 @@ from ..sampling.noise import F32
 from .composed import head, store_heads
 from .delta import DeltaJob
 from .extremes import Extremes
+from .int4 import Int4Matrix, decoded, with_rows
 from .int8 import described, to_int8
 from .native_changes import PackedChange
 from .native_changes import described as changes_at_once
 from .native_delta import native_job
+from .native_int4 import int4_panels
 from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
 from .step import LayerStep
 
@@ -49,11 +51,12 @@ class PackedLinear:
     bias: Tensor | None  # [columns padded to 16] float32
     dtype: torch.dtype  # of the rows that it multiplies
     width: int  # numbers per row of the product
+    order: Tensor | None = None  # int32 [inner]: 4-bit groups only
 
     @property
     def num_bytes(self) -> int:
         """Bytes of memory that it owns."""
-        return sum(part.nbytes for part in (self.panels, self.scales, self.bias) if part is not None)
+        return sum(part.nbytes for part in (self.panels, self.scales, self.bias, self.order) if part is not None)
 
 
 class _Table(NamedTuple):
@@ -107,6 +110,7 @@ class NativeOps:
         self.dtype = dtype
         self.num_threads = num_threads
         self.quantization = quantization
+        self.holds_int4 = quantization == "none"
         self._library = native.load()
         level = self._library.level().decode()
         self.description = f"native {level}" + described(quantization, dtype)
@@ -133,7 +137,7 @@ class NativeOps:
         """
         width = len(matrix) // 2 if gated else len(matrix)
         if gated:
-            matrix, bias = _alternating(matrix), None if bias is None else _alternating(bias.unsqueeze(1)).squeeze(1)
+            matrix, bias = _alternating(matrix), _alternating_bias(bias)
         columns, inner = matrix.shape
         scales: Tensor | None = None
         rounds = self.quantization == "int8" and not exact
@@ -156,6 +160,20 @@ class NativeOps:
             panels.data_ptr(), address(scales), address(bias), panel_bytes, kind, columns, inner, int(exact or wide)
         )
         return PackedLinear(packed, panels, scales, bias, takes, width)
+
+    def pack_int4(
+        self, matrix: Int4Matrix, bias: Tensor | None = None, *, gated: bool = False, wide: bool = False
+    ) -> PackedLinear:
+        """Copy the numbers of 4 bits, scales and zero points into panels; rows meet them as they are."""
+        if not self.holds_int4:
+            return self.pack(decoded(matrix), bias, gated=gated, wide=wide)
+        width = len(matrix.numbers) // 2 if gated else len(matrix.numbers)
+        if gated:
+            matrix, bias = with_rows(matrix, _alternating), _alternating_bias(bias)
+        packed, panels = int4_panels(self._library, self._threads, matrix)
+        bias = _whole_panels(bias)
+        packed.bias, packed.float32_out = address(bias), int(wide)
+        return PackedLinear(packed, panels, None, bias, self.dtype, width, matrix.order)
 
     def prepare(self) -> None:
         """Reduce torch to one thread: its threads would spin after every op and slow down the kernels' own."""
@@ -384,3 +402,7 @@ def _alternating(matrix: Tensor) -> Tensor:
     halves = matrix.view(2, len(matrix) // 2, -1)
     padded = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % native.LANES))
     return padded.view(2, -1, native.LANES, matrix.shape[1]).transpose(0, 1).reshape(-1, matrix.shape[1])
+
+
+def _alternating_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else _alternating(bias.unsqueeze(1)).squeeze(1)

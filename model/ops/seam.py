@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..sampling.noise import F32
     from .delta import DeltaJob
     from .extremes import Extremes
+    from .int4 import Int4Matrix
     from .step import LayerStep
 
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
@@ -109,6 +110,8 @@ class Ops(Protocol):
     """Device of rows, weights and results of `lay_out`."""
     row_multiple: int
     """Batches are padded to a multiple of this many rows (16 for torch's tiles; 1: no padding)."""
+    holds_int4: bool
+    """Whether `pack_int4` keeps a matrix in its 4 bits; else it is decoded, and the source does that in less memory."""
     description: str
     """Part of the numerics class: everything that can change a bit of a result, except the machine."""
 
@@ -126,6 +129,12 @@ class Ops(Protocol):
         `gated`: for `gated_linear`; the first half of its rows is the gate. `exact` (e.g. the router of experts): never
         quantised, and `linear` returns float32, not rounded. `wide` (the head): may return float32 where that is cheap.
         """
+        ...
+
+    def pack_int4(
+        self, matrix: Int4Matrix, bias: Tensor | None = None, *, gated: bool = False, wide: bool = False
+    ) -> Linear:
+        """Pack a matrix of 4-bit groups; the rest as in `pack`. Where it stays packed, its numbers are not rounded."""
         ...
 
     def prepare(self) -> None:

@@ -20,6 +20,7 @@ from ..sampling.noise import F32
 from .composed import head, store_heads
 from .delta import DeltaJob, delta
 from .extremes import Extremes, extremes
+from .int4 import Int4Matrix, decoded
 from .int8 import described, rounded_rows, rounded_to_int8
 from .low_rank import ComposedChange, add_changes, gate, pack_change
 from .products import TILE_ROWS, Product
@@ -58,6 +59,7 @@ class TorchOps:
 
     row_multiple = TILE_ROWS
     device = torch.device("cpu")
+    holds_int4 = False
 
     def __init__(self, dtype: torch.dtype, num_threads: int = 1, quantization: Quantization = "none") -> None:
         self.dtype = dtype
@@ -86,6 +88,12 @@ class TorchOps:
             held = matrix.to(self.dtype).contiguous()
         self._packed.add((held.shape[1], held.shape[0], held.dtype, True))
         return TorchLinear(held, None if bias is None else bias.float(), exact)
+
+    def pack_int4(
+        self, matrix: Int4Matrix, bias: Tensor | None = None, *, gated: bool = False, wide: bool = False
+    ) -> TorchLinear:
+        """Decode the matrix and pack it."""
+        return self.pack(decoded(matrix), bias, gated=gated, wide=wide)
 
     def prepare(self) -> None:
         """Choose the forms of all products for this number of threads."""

@@ -28,6 +28,7 @@ from ..sampling.noise import F32
 from .composed import head
 from .delta import DeltaJob, delta
 from .extremes import Extremes, extremes
+from .int4 import Int4Matrix, decoded
 from .int8 import rounded_to_int8
 from .low_rank import ComposedChange, add_changes, pack_change
 from .seam import Activation, AttentionKind, Linear, Logits, LowRank, Norm, Quantization, RowsOfChange, Span
@@ -75,6 +76,7 @@ class TritonOps:
     """Implements `seam.Ops` on one GPU."""
 
     row_multiple = 1
+    holds_int4 = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, quantization: Quantization = "none") -> None:
         self.dtype = dtype
@@ -103,6 +105,12 @@ class TritonOps:
             held = rounded_to_int8(held)
         held = held.to(dtype).contiguous()
         return DeviceLinear(held, None if bias is None else bias.to(self.device, dtype), exact)
+
+    def pack_int4(
+        self, matrix: Int4Matrix, bias: Tensor | None = None, *, gated: bool = False, wide: bool = False
+    ) -> DeviceLinear:
+        """Decode the matrix and pack it."""
+        return self.pack(decoded(matrix), bias, gated=gated, wide=wide)
 
     def prepare(self) -> None:
         """Forbid TF32 and reduced-precision sums in products: they accumulate in float32."""

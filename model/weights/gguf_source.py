@@ -21,7 +21,9 @@ from ...checkpoint.fingerprint import hash_content
 from ...checkpoint.gguf.file import GgufFile, StoredTensor
 from ...checkpoint.gguf.keys import heads_of
 from ...checkpoint.gguf.names import Piece, pieces
+from ...checkpoint.int4 import is_gguf_int4
 from ...core.errors import CheckpointError
+from ..ops.int4 import Int4Matrix, pairs
 
 _SERVED = (
     "F32",
@@ -73,6 +75,18 @@ class GgufSource:
         """Read one tensor: float32 if it was quantised, else as stored (if possible, a view of the mapped file)."""
         return self._taken(self._pieces[name], _WHOLE)
 
+    def take_int4(self, name: str) -> Int4Matrix | None:
+        """Implements `Int4Source.take_int4`: Q4_0."""
+        piece = self._pieces[name]
+        stored = self._file.tensors[piece.stored]
+        if not is_gguf_int4(piece, stored):
+            return None
+        numbers, scales = _q4_0(torch.from_numpy(self._rows(stored, piece.expert)))
+        if piece.turned_heads:
+            head_rows = piece.shape[0] // piece.turned_heads
+            numbers, scales = _turned_back(numbers, head_rows), _turned_back(scales, head_rows)
+        return Int4Matrix(numbers, scales)
+
     def take_part(self, name: str, axis: int, part: range) -> Tensor:
         """Implements `PartSource.take_part`. Where rows were reordered or joined, `part` must hold whole heads."""
         rows, columns = (part, None) if axis == 0 else (None, part)
@@ -109,19 +123,22 @@ class GgufSource:
 
     def _numbers(self, tensor: StoredTensor, part: _Part, expert: int | None = None) -> Tensor:
         """Read a part of a tensor, or of the tensor of one expert in a stack."""
-        gguf, name = _gguf(), _kind_name(tensor.kind)
-        elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
-        *lead, width = tensor.shape
-        stored = self._bytes[tensor.at : tensor.at + _size(tensor.shape) // elements * bytes_]
-        rows = stored.reshape(*lead, width // elements * bytes_)
-        if expert is not None:
-            rows = rows[expert]
+        name, width, rows = _kind_name(tensor.kind), tensor.shape[-1], self._rows(tensor, expert)
+        elements, bytes_ = _block(tensor.kind)
         if part.rows is not None:
             rows = rows[part.rows.start : part.rows.stop]
         columns = range(width) if part.columns is None else part.columns
         first, last = columns.start // elements, -(-columns.stop // elements)  # whole blocks
         rows = rows[..., first * bytes_ : last * bytes_]
         return _decoded(rows, name, tensor.kind).narrow(-1, columns.start - first * elements, len(columns))
+
+    def _rows(self, tensor: StoredTensor, expert: int | None) -> NDArray[np.uint8]:
+        """Bytes of a tensor's rows [..., bytes], or of those of one expert in a stack."""
+        elements, bytes_ = _block(tensor.kind)
+        *lead, width = tensor.shape
+        stored = self._bytes[tensor.at : tensor.at + _size(tensor.shape) // elements * bytes_]
+        rows = stored.reshape(*lead, width // elements * bytes_)
+        return rows if expert is None else rows[expert]
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, Any]:
@@ -160,6 +177,24 @@ def _check_tensors(file: GgufFile) -> None:
             raise CheckpointError(
                 f"{file.path} is cut short or damaged: {name} ends at byte {end} of {file.size_bytes}; fetch it again"
             )
+
+
+def _block(kind: int) -> tuple[int, int]:
+    """Numbers and bytes of a block of a served type."""
+    gguf = _gguf()
+    elements, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    return int(elements), int(bytes_)
+
+
+def _q4_0(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers uint8 [rows, columns / 2], in pairs of neighbours, and scales float16 [rows, groups] of blocks of Q4_0.
+
+    A block is a scale and 16 bytes; low halves are its first 16 numbers, high halves the others.
+    """
+    blocks = rows.view(len(rows), -1, 18)
+    halves = blocks[:, :, 2:]
+    numbers = torch.cat((halves & 15, halves >> 4), 2).flatten(1)
+    return pairs(numbers), blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2)
 
 
 def _kind_name(kind: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...checkpoint.stacked import StackedPart
 
 if TYPE_CHECKING:
+    from ..ops.int4 import Int4Matrix
     from .tensors import PartSource
 
 
@@ -33,6 +34,11 @@ class StackedSource:
         """Read one tensor."""
         part = self._parts.get(name)
         return self._below.take(name) if part is None else self._expert(part)
+
+    def take_int4(self, name: str) -> Int4Matrix | None:
+        """Implements `Int4Source.take_int4`, if the other source does; experts of a stack are no such matrices."""
+        take = getattr(self._below, "take_int4", None)
+        return None if take is None or name in self._parts else take(name)
 
     def take_part(self, name: str, axis: int, part: range) -> Tensor:
         """Implements `PartSource.take_part`: of a stack, a view, of which only used pages are read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from ...checkpoint.gguf.file import is_gguf
 from ...checkpoint.quantised.plan import quantised_plan
 from ...checkpoint.safetensors_files import SafetensorsFiles, safetensors_fingerprint
 from ...checkpoint.stacked import stacked_parts
+from ..ops.int4 import Int4Matrix
 from .gguf_source import GgufSource, gguf_fingerprint
 from .quantised.source import QuantisedSource
 from .stacked_source import StackedSource
@@ -41,6 +42,19 @@ class TensorSource(Protocol):
 
     def fingerprint(self) -> bytes:
         """Fingerprint of the checkpoint's numbers and shapes, 16 bytes."""
+        ...
+
+
+@runtime_checkable
+class Int4Source(Protocol):
+    """A source of which some matrices can be taken as stored, in groups of 4-bit numbers."""
+
+    def take_int4(self, name: str) -> Int4Matrix | None:
+        """Read one matrix; None: it is stored in another way (checkpoint/int4.py), `take` reads it.
+
+        Raises:
+            CheckpointError: as for `TensorSource.take`.
+        """
         ...
 
 

@@ -5,6 +5,8 @@ Names come from checkpoint/layout.py only. At most one matrix is in memory twice
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +24,11 @@ from ...checkpoint.layout import (
 )
 from ...checkpoint.spec import DeltaNet, ExpertsFfn, LatentAttention, ModelSpec, PlainAttention
 from ...core.errors import CheckpointError
+from ..ops.int4 import Int4Matrix, joined
 from ..ops.seam import Linear, Norm, Ops
-from .tensors import TensorSource
+from .tensors import Int4Source, TensorSource
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def load_weights(source: TensorSource, spec: ModelSpec, ops: Ops) -> Weights:
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(spec.num_layers)),
         norm=loader.norm(FINAL_NORM),
-        head=ops.pack(embedding if spec.tied_embeddings else source.take(HEAD), wide=True),
+        head=loader.head(embedding),
         fingerprint=source.fingerprint(),
     )
 
@@ -177,6 +182,12 @@ class _Loader:
         if self.spec.layers[index].mixer == "delta":
             return self._delta(layout)
         return self._latent(layout) if isinstance(self.spec.attention, LatentAttention) else self._plain(layout)
+
+    def head(self, embedding: Tensor) -> Linear:
+        stored = self._int4([EMBEDDING if self.spec.tied_embeddings else HEAD])
+        if stored is not None:
+            return self.ops.pack_int4(stored, wide=True)
+        return self.ops.pack(embedding if self.spec.tied_embeddings else self.source.take(HEAD), wide=True)
 
     def norm(self, name: str, eps: float | None = None, *, offset: float | None = None) -> Norm:
         weight = self.source.take(name).float() + (self.spec.norm_offset if offset is None else offset)
@@ -258,7 +269,29 @@ class _Loader:
 
     def _linear(self, matrix: Matrix, *, gated: bool = False) -> Linear:
         bias = self._joined(matrix, ".bias") if matrix.bias else None
+        stored = None if matrix.exact else self._int4([name + ".weight" for name, _ in matrix.parts])
+        if stored is not None:
+            return self.ops.pack_int4(stored, bias, gated=gated)
         return self.ops.pack(self._taken(matrix), bias, exact=matrix.exact, gated=gated)
+
+    def _int4(self, names: Sequence[str]) -> Int4Matrix | None:
+        """One matrix of these, as stored in 4-bit groups; None: they are not, or the ops do not hold such."""
+        if not self.ops.holds_int4 or not isinstance(self.source, Int4Source):
+            return None
+        parts = []
+        for name in names:
+            parts.append(self.source.take_int4(name))
+            if parts[-1] is None:
+                return None
+        stored = joined(parts)
+        if stored is None:
+            _log.warning(
+                "%s: %s have unlike groups or orders of columns; they are held in the compute dtype, "
+                "which takes more memory than planned",
+                self.source.where,
+                " and ".join(names),
+            )
+        return stored
 
     def _taken(self, matrix: Matrix) -> Tensor:
         return self._joined(matrix, ".weight")

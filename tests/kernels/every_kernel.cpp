@@ -94,6 +94,31 @@ void products() {
             }
 }
 
+// 4-bit groups, with and without zero points, in both orders of columns.
+void groups() {
+    const int columns = 90, inner = 192, group = 32, count = columns * inner / group;
+    Memory pairs(columns * inner / 2), scales(count, FLOAT32, 41, 0.1f), zeros(count), order(4l * inner);
+    for (int64_t i = 0; i < pairs.size; i++) pairs.data[i] = (char)(number(42, i) * 128.0f + 128.0f);
+    for (int i = 0; i < count; i++) zeros.data[i] = (char)(i * 7 % 16);
+    for (int i = 0; i < inner; i++) ((int32_t*)order.data)[i] = i * 5 % inner;
+    for (int x_kind : {FLOAT32, BFLOAT16})
+        for (int has_zeros : {0, 1})
+            for (int ordered : {0, 1})
+                for (int count : {1, 3, 7, 17, 50}) {
+                    Matrix m{};
+                    m.kind = INT4, m.columns = columns, m.inner = inner, m.group = group, m.scale_kind = FLOAT32;
+                    m.has_zeros = has_zeros, m.order = ordered ? (int32_t*)order.data : nullptr;
+                    m.panel_bytes = twostroke_int4_panel_bytes(inner, group, FLOAT32, has_zeros);
+                    Memory panels((columns + 15) / 16 * m.panel_bytes);
+                    m.panels = panels.data;
+                    twostroke_pack_int4(threads, (uint8_t*)pairs.data, scales.data, has_zeros ? (uint8_t*)zeros.data : nullptr, &m);
+                    Memory x((int64_t)count * inner, x_kind, 43), out((int64_t)count * columns * bytes(x_kind)), scratch(8l * (count + 64) * (inner + 16));
+                    const Rows in{x.data, inner, count, x_kind}, to{out.data, columns, count, x_kind};
+                    twostroke_linear(threads, &m, &in, &to, NO_ACTIVATION, columns, (uint32_t*)scratch.data);
+                    tell("groups " + std::to_string(x_kind) + std::to_string(has_zeros) + std::to_string(ordered) + ", " + std::to_string(count), out);
+                }
+}
+
 void rows() {
     for (int kind : {FLOAT32, BFLOAT16}) {
         const int count = 5, width = 96;
@@ -191,7 +216,7 @@ void recurrence() {
 
 int main() {
     threads = twostroke_start_threads(2);
-    products(), rows(), cache(), recurrence();
+    products(), groups(), rows(), cache(), recurrence();
     twostroke_stop_threads(threads);
     std::fprintf(stderr, "%s %d\n", twostroke_level(), twostroke_self_check());
 }

@@ -16,6 +16,7 @@ from support.session.recorded import Recorded
 
 from twostroke.kernels.cpu import library as native
 from twostroke.model.loader import KERNEL_SET_VERSION
+from twostroke.model.ops.int4 import Int4Matrix
 from twostroke.model.ops.native_ops import NativeOps
 from twostroke.model.ops.seam import AttentionKind, Norm, Quantization, Span
 
@@ -29,6 +30,11 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     i = (i ^ (i >> 7)) * 2_654_435_761 & 0xFFFF_FFFF
     i = (i ^ (i >> 15)) * 2_246_822_519 & 0xFFFF_FFFF
     return ((i >> 8).double() * 2.0**-23 - 1.0).float().view(shape)
+
+
+def codes(seed: int, *shape: int) -> torch.Tensor:
+    """Bytes, the same on every machine."""
+    return (numbers(seed, *shape) * 128.0 + 128.0).byte()
 
 
 def answers(dtype: torch.dtype, quantization: Quantization) -> list[torch.Tensor]:
@@ -47,6 +53,9 @@ def answers(dtype: torch.dtype, quantization: Quantization) -> list[torch.Tensor
         ops.rms_norm(x, norm),
         ops.rotary(x.clone().view(ROWS, 4, 64), numbers(7, ROWS, 32), numbers(8, ROWS, 32)),
     ]
+    for zeros, inner in ((None, 256), (codes(17, 90, 4) & 15, 128)):
+        stored = Int4Matrix(codes(16, 90, inner // 2), numbers(18, 90, inner // 32).half(), zeros)
+        found.append(ops.linear(x[:, :inner].contiguous(), ops.pack_int4(stored)))
     kv = [numbers(seed, 300, 2, 64).to(dtype) * 2 for seed in (9, 10)]
     q = numbers(11, 300, 6, 64).to(dtype) * 3
     cache = Cache(ops, (300,), kv, "fp8")

@@ -12,6 +12,7 @@ import planted_engine
 import planted_fetching
 import planted_gpu
 import planted_handover
+import planted_int4
 import planted_kv
 import planted_models
 import planted_responses
@@ -72,6 +73,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/keys": ("tests/kv/test_identities.py", "tests/core/test_proof.py"),
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
+    **dict.fromkeys(
+        ("checkpoint/int4", "checkpoint/layout", "checkpoint/sizes", "model/weights/quantised/int4", "model/ops/int4"),
+        ("tests/model/test_int4_checkpoints.py", "tests/model/test_int4_ops.py"),
+    ),
     "checkpoint/adapters/": ("tests/checkpoint/test_adapters.py",),
     "checkpoint/stacked": ("tests/checkpoint/test_family_configs.py", "tests/model/test_quantised_checkpoints.py"),
     "checkpoint/quantised/mxfp4": (
@@ -266,4 +271,5 @@ MUTANTS = [
     *planted_models.MUTANTS,
     *planted_states.MUTANTS,
     *planted_fetching.MUTANTS,
+    *planted_int4.MUTANTS,
 ]

@@ -8,7 +8,7 @@
 // out[r, c] = ( sum over k = 0, 1, 2 ... of x[r, k] * w[c, k] ) * scale[c] + bias[c]. Each output has one float32 accumulator
 // lane, from the first k to the last; pairs of k go through dot_pairs. So an output's bits depend on its own row and column
 // alone. On machines with AMX tiles, bfloat16 uses them for every number of rows: 32 k at a time, in the instruction's order.
-// Int8 matrices for bfloat16 rows: linear/int8.cpp.
+// Int8 matrices for bfloat16 rows: linear/int8.cpp. 4-bit matrices: linear/int4.cpp.
 #include <vector>
 
 #include "api.h"
@@ -274,6 +274,7 @@ void linear::multiply(Threads& threads, const Matrix& matrix, const Rows& x, con
     const int steps = pairs ? matrix.inner / 2 : matrix.inner;
     Job job{&matrix, out, out_columns, scratch, steps, x.rows, activation, search};
     if (matrix.kind == INT8 && pairs) return multiply_int8(job, x, scratch, threads);
+    if (matrix.kind == INT4) return multiply_int4(job, x, scratch, threads);
 #if defined(TWOSTROKE_TILES)
     if (by_tiles(matrix, pairs)) {
         threads.share((x.rows + tiles::ROWS - 1) / tiles::ROWS, [&](int b) {

@@ -27,6 +27,10 @@ struct Job {
     extremes::Search* search;         // searches answers while they are in a cache; or null
 };
 
+inline float number(const Rows& x, int64_t at) {
+    return x.kind == BFLOAT16 ? to_float(((const uint16_t*)x.data)[at]) : ((const float*)x.data)[at];
+}
+
 inline int num_panels(const Matrix& m) { return (m.columns + LANES - 1) / LANES; }
 
 inline F32 finished(const Matrix& m, int panel, F32 acc) {
@@ -117,5 +121,8 @@ void multiply_avx2(const Job& job, const Rows& x, uint32_t* scratch, Threads& th
 int64_t int8_panel_bytes(int inner);
 void pack_int8(const int8_t* from, int columns, int inner, uint8_t* to);
 void multiply_int8(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads);
+
+// linear/int4.cpp, linear/int4_avx2.cpp: products with 4-bit matrices.
+void multiply_int4(const Job& job, const Rows& x, uint32_t* scratch, Threads& threads);
 
 }  // namespace linear

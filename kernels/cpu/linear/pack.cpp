@@ -7,6 +7,7 @@
 
 #include "api.h"
 #include "coded.h"
+#include "int4.h"
 #include "linear.h"
 
 using namespace linear;
@@ -78,6 +79,27 @@ void pack_plain(const char* from, int size, int columns, int inner, int neighbou
                     std::memset(out, 0, size);
 }
 
+// Missing columns have scales of zero and numbers of CENTRE.
+void pack_int4(const Int4Layout& layout, const uint8_t* numbers, const char* scales, const uint8_t* zeros, int columns, char* panel) {
+    const int size = scale_bytes(layout.scale_kind), bytes = layout.group * layout.groups / 2;  // bytes of a column
+    std::memset(panel, 0, layout.panel_bytes);
+    for (int column = 0; column < columns; column++) {
+        for (int g = 0; g < layout.groups; g++) {
+            const int64_t of = (int64_t)column * layout.groups + g, place = (int64_t)g * LANES + column;
+            std::memcpy(panel + place * size, scales + of * size, size);
+            if (zeros) panel[layout.zeros_at + place] = (char)zeros[of];
+        }
+        const uint8_t* pairs = numbers + (int64_t)column * bytes;
+        char* lane = panel + layout.lines_at + column * 4;
+        for (int at = 0; at < bytes; at += LINE_PAIRS, lane += LINE_BYTES) {
+            uint32_t word = 0;
+            for (int i = 0; i < LINE_PAIRS; i++) word |= (pairs[at + i] & 15u) << 4 * i | (uint32_t)(pairs[at + i] >> 4) << (16 + 4 * i);
+            word ^= 0x88888888u;  // minus CENTRE, signed
+            std::memcpy(lane, &word, 4);
+        }
+    }
+}
+
 // Call `panel(index, first column, number of columns)` for all panels.
 template <class F>
 void for_panels(Threads& threads, int columns, const F& panel) {
@@ -92,6 +114,10 @@ extern "C" {
 int64_t twostroke_panel_bytes(int32_t kind, int32_t inner, int32_t pairs) {
     if (kind == INT8 && pairs) return int8_panel_bytes(inner);
     return (int64_t)LANES * (pairs ? (inner + 1) / 2 * 2 : inner) * number_bytes(kind);
+}
+
+int64_t twostroke_int4_panel_bytes(int32_t inner, int32_t group, int32_t scale_kind, int32_t has_zeros) {
+    return Int4Layout(inner, group, scale_kind, has_zeros).panel_bytes;
 }
 
 int64_t twostroke_coded_panel_bytes(Threads* threads, const uint16_t* from, int32_t columns, int32_t inner) {
@@ -116,6 +142,14 @@ void twostroke_pack(Threads* threads, const void* from, int32_t kind, int32_t co
         if (kind == CODED) return pack_coded((const uint16_t*)rows, count, inner, panel_bytes, panel);
         if (kind == INT8 && pairs) return pack_int8((const int8_t*)rows, count, inner, (uint8_t*)panel);
         pack_plain(rows, number_bytes(kind), count, inner, pairs ? 2 : 1, panel);
+    });
+}
+
+void twostroke_pack_int4(Threads* threads, const uint8_t* numbers, const void* scales, const uint8_t* zeros, const Matrix* matrix) {
+    const Int4Layout layout(*matrix);
+    for_panels(*threads, matrix->columns, [&](int i, int64_t first, int count) {
+        pack_int4(layout, numbers + first * matrix->inner / 2, (const char*)scales + first * layout.groups * scale_bytes(layout.scale_kind),
+                  zeros ? zeros + first * layout.groups : nullptr, count, (char*)matrix->panels + i * layout.panel_bytes);
     });
 }
 

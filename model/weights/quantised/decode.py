@@ -98,12 +98,12 @@ class Decoder:
         return self._grouped(numbers, zeros.t().float(), scale.t(), matrix, columns)
 
     def _awq(self, matrix: AwqMatrix, rows: range, columns: range) -> Tensor:
-        numbers = _awq_unpacked(self._take(matrix.weight)[columns.start : columns.stop], rows).t().float()
+        numbers = awq_unpacked(self._take(matrix.weight)[columns.start : columns.stop], rows).t().float()
         scale = floats(self._take(matrix.scale)[:, rows.start : rows.stop]).t()
         if matrix.zeros is None:
             zeros = torch.full_like(scale, 8)
         else:
-            zeros = _awq_unpacked(self._take(matrix.zeros), rows).t().float()
+            zeros = awq_unpacked(self._take(matrix.zeros), rows).t().float()
         return self._grouped(numbers, zeros, scale, matrix, columns)
 
     def _grouped(
@@ -175,7 +175,7 @@ def _from_pairs(pairs: Tensor, scale: Tensor, group: int, columns: range) -> Ten
     return numbers
 
 
-def _awq_unpacked(words: Tensor, rows: range) -> Tensor:
+def awq_unpacked(words: Tensor, rows: range) -> Tensor:
     """Numbers of `rows` of the model from words [n, all rows / 8] of AWQ: uint8 [n, rows]."""
     first, last = rows.start // 8, -(-rows.stop // 8)
     kept = words[:, first:last].clone(memory_format=torch.contiguous_format)  # bytes must be neighbours

@@ -1,4 +1,4 @@
-"""Implements `PartSource` over a checkpoint of quantised matrices: they are decoded when they are taken.
+"""Implements `PartSource` and `Int4Source` over a checkpoint of quantised matrices: decoded when taken, or as stored.
 
 A part is cut from the stored tensors, so a rank decodes its own rows and columns only, also inside a block of scales.
 """
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ....checkpoint.quantised.plan import QuantisedPlan
 from ....checkpoint.safetensors_files import SafetensorsFiles
+from ...ops.int4 import Int4Matrix
 from .decode import Decoder
+from .int4 import read_int4
 
 
 class QuantisedSource:
@@ -35,6 +37,11 @@ class QuantisedSource:
         if matrix is None:
             return self._files.take(name)
         return self._decoder.decode(matrix, range(matrix.rows), range(matrix.columns))
+
+    def take_int4(self, name: str) -> Int4Matrix | None:
+        """Implements `Int4Source.take_int4`."""
+        matrix = self._plan.matrices.get(name)
+        return None if matrix is None else read_int4(self._files.take, matrix)
 
     def take_part(self, name: str, axis: int, part: range) -> Tensor:
         """Implements `PartSource.take_part`. Only the stored numbers of the part are decoded."""
