@@ -26,11 +26,11 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
     model = _resolved(config, num_gpus)
     directory, kind = model.directory, model.device
     cluster = config.cluster
-    roles = (Role.PREFILL, Role.DECODE) if cluster.prefill else (Role.COMBINED,)
+    has_states = model.spec.delta is not None
     refuse_beside_states(model.spec, config.model, config.cache, config.speculation)
-    if model.spec.delta is not None:
-        for role in roles:
-            refuse_role(served_name(config.model.path, config.model.name), role)
+    if has_states and cluster.prefill and "prefill" in cluster.model_fields_set:
+        refuse_role(served_name(config.model.path, config.model.name), Role.PREFILL)
+    roles = (Role.PREFILL, Role.DECODE) if cluster.prefill and not has_states else (Role.COMBINED,)
     needs = [needs_of_ranks(model, config.model, cluster.ranks_of(role)) for role in roles]
     most = max(needs, key=lambda each: each.weight_bytes)
     return ModelFacts(

@@ -109,6 +109,11 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
         DoesNotFit: weights and pool of so many workers do not fit the nodes, or the configured context does not.
         ConfigError: no node has the configured device, it cannot have several ranks, or two members had one port.
     """
+    decided: list[Decision] = []
+    if model.state_bytes and config.cluster.prefill:
+        why = "the model's recurrent layers have states, which are not handed over: combined workers"
+        decided = [Decision("cluster.prefill", "0", why)]
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"prefill": 0})})
     cluster = config.cluster
     if cluster.prefill:
         roles = [("prefill", Role.PREFILL)] * cluster.prefill + [("decode", Role.DECODE)] * cluster.decode
@@ -140,7 +145,7 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
         device_bytes=min(max(load.node.machine.gpu_bytes, default=0) for load in used_nodes),
         wanted=model.asked_max_model_len,
     )
-    decisions = [*sized.decisions, _decided_threads(config, used_nodes)]
+    decisions = [*decided, *sized.decisions, _decided_threads(config, used_nodes)]
     decoders = most - 1 if most > len(roles) else cluster.decode
     router, more = decided_router(config.router, decoders, sized.step.max_num_seqs, sized.pool)
     decisions += more
