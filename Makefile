@@ -58,12 +58,13 @@ campaigns: $(STAMP)-all,test,redis
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py \
-		tests/system/test_start.py tests/cluster/test_gpu_faults.py tests/cluster/operations tests/system/test_resume.py
+		tests/system/test_start.py tests/cluster/test_gpu_faults.py tests/cluster/operations tests/system/test_resume.py tests/system/test_migration.py \
+		tests/worker/test_ranks.py tests/system/test_ray.py
 
 # A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost, and one on a Ray
 # whose supervisor is killed: two minutes.
 nodes: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py tests/cluster/deployment/test_ray_adoption.py
+	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py tests/cluster/deployment
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
@@ -73,7 +74,7 @@ arm: $(STAMP)-all,test,redis
 # CPU kernels as machines with AMX, with older AVX-512 and without AVX2 have them.
 targets: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py tests/kernels/test_bench_gpu.py \
-		tests/model/test_native_ops.py tests/model/test_kernel_set.py tests/model/test_adapters.py
+		tests/model/test_native_ops.py tests/model/test_kernel_set.py tests/model/test_adapters.py tests/model/test_triton_ops.py
 
 # The chart's life with real helm, and the pods' commands as processes: some minutes.
 chart-life: $(STAMP)-all,test,redis .helm/helm

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from support.deploy.charts import CHART, ROOT
 
@@ -35,6 +36,7 @@ def test_the_image_runs_as_the_charts_user_under_tini():
     assert pinned[0] in text
 
 
+@pytest.mark.campaign
 def test_what_is_copied_installs_and_starts(tmp_path: Path):
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 NUM_TOKENS = 1200
 PATIENCE_S = 120.0
+pytestmark = pytest.mark.campaign  # tests/worker/test_fetching.py has the same between two workers
 
 
 @pytest.fixture(params=["off"])

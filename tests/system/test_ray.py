@@ -365,7 +365,7 @@ def _ask_in_the_meantime(cluster: Any, observer: Observer, frozen: str) -> None:
     assert frozen not in {(observer.explain(told.request_id) or {})["decode_worker"] for told in crowd.told}
 
 
-@pytest.mark.parametrize("role", ["decode", "prefill"])
+@pytest.mark.parametrize("role", ["decode", pytest.param("prefill", marks=pytest.mark.campaign)])
 def test_a_worker_that_stays_frozen_is_replaced(cluster: Any, observer: Observer, role: str):
     before = observer.workers()
     victim = f"{role}-1"

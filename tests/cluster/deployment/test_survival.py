@@ -124,6 +124,7 @@ async def test_streams_outlive_the_supervisor_and_another_one_adopts_the_cluster
     assert sorted(path.name for path in home.folder.iterdir()) == ["cluster.json"]
 
 
+@pytest.mark.campaign
 async def test_a_cluster_without_a_supervisor_goes_down_and_others_stay(homes: Callable[..., Home]) -> None:
     home = homes(prefill=0)
     settings = json.loads(home.config.read_text())
