@@ -93,7 +93,9 @@ def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("patient_leases")
-@pytest.mark.parametrize("dtype", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["fp8", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("bfloat16", "float32"))]
+)
 def test_disaggregated_equals_one_piece_token_for_token(run_cluster, dtype: str):
     prompts = mixed_prompts(4096, seed=dtype)
     common = {"cluster__launcher": "inprocess", "step__num_threads": 1, "cache__dtype": dtype, "cache__tokens": 16384}

@@ -246,6 +246,7 @@ def test_clients_that_leave_before_the_first_token_free_all_their_blocks(cluster
 # ---------------------------------------------------------------- workers that die
 
 
+@pytest.mark.campaign
 def test_the_streams_of_a_killed_decode_worker_go_on_elsewhere_and_it_comes_back(cluster: Any, observer: Observer):
     before = observer.workers()
     with _crowd(cluster, "killed") as crowd:
@@ -286,6 +287,7 @@ def _is_busy_machine() -> bool:
     return os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
 
 
+@pytest.mark.campaign
 def test_a_killed_prefill_worker_fails_no_request(cluster: Any, observer: Observer):
     before = observer.workers()
     with _crowd(cluster, "prefill-killed") as crowd:
@@ -302,6 +304,7 @@ def test_a_killed_prefill_worker_fails_no_request(cluster: Any, observer: Observ
     _without_fault(cluster, crowd.told, "after-prefill-kill")
 
 
+@pytest.mark.campaign
 def test_a_worker_that_is_told_to_end_lets_its_streams_end_and_is_replaced(cluster: Any, observer: Observer):
     before = observer.workers()
     with _crowd(cluster, "told-to-end") as crowd:
@@ -318,6 +321,7 @@ def test_a_worker_that_is_told_to_end_lets_its_streams_end_and_is_replaced(clust
 # ---------------------------------------------------------------- workers that freeze
 
 
+@pytest.mark.campaign
 def test_a_frozen_decode_worker_is_avoided_and_its_peers_free_what_they_hold(cluster: Any, observer: Observer):
     """It freezes while a hand-over to it is under way, thaws before it would be replaced, and serves again."""
     before = observer.workers()
@@ -365,7 +369,8 @@ def _ask_in_the_meantime(cluster: Any, observer: Observer, frozen: str) -> None:
     assert frozen not in {(observer.explain(told.request_id) or {})["decode_worker"] for told in crowd.told}
 
 
-@pytest.mark.parametrize("role", ["decode", pytest.param("prefill", marks=pytest.mark.campaign)])
+@pytest.mark.campaign
+@pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_a_worker_that_stays_frozen_is_replaced(cluster: Any, observer: Observer, role: str):
     before = observer.workers()
     victim = f"{role}-1"

@@ -63,6 +63,7 @@ def test_a_cluster_goes_up_serves_is_restarted_and_goes_down_without_a_trace(hom
     assert set(os.listdir("/dev/shm")) <= shared_before | {n for n in os.listdir("/dev/shm") if "twostroke" not in n}
 
 
+@pytest.mark.campaign
 def test_what_a_cluster_leaves_that_was_killed_whole_does_not_stop_the_next(home: Home) -> None:
     up = home.say("up", "--config", str(home.config))
     assert up.returncode == 0, up.stderr
