@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from ..core.clock import Clock
 from ..core.request import SequenceKey
@@ -85,7 +86,7 @@ class Journaling:
         """Make the offers that are due, and come back when the next one may be."""
         now_s = self._clock.now_s()
         while (offer := self._journal.next(now_s)) is not None:
-            task = asyncio.create_task(self._send(offer))
+            task = asyncio.create_task(self._send(offer, self._runs[offer.key]))  # it may end before the task runs
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         if self._timer is not None:
@@ -95,9 +96,8 @@ class Journaling:
         if due_s is not None:
             self._timer = asyncio.get_running_loop().call_later(max(0.01, due_s - now_s), self._offer)
 
-    async def _send(self, offer: Offer) -> None:
-        run, kept = self._runs[offer.key], 0
-        order = run.order
+    async def _send(self, offer: Offer, run: JournaledRun) -> None:
+        order, kept = run.order, 0
         assert order.buddy is not None, "a run without a buddy has no journal"
         try:
             request = handover_pb2.KeepRequest(
@@ -111,7 +111,7 @@ class Journaling:
             kept = told.kept_tokens
             if told.reason:
                 log.debug("%s: its buddy kept %d of %d tokens: %s", offer.key, kept, offer.num_tokens, told.reason)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, DecodeError) as error:
             log.debug("%s: its buddy does not answer: %s", offer.key, error)
         finally:
             self._counters["journal_offers" if kept >= offer.num_tokens else "journal_refused"] += 1

@@ -1,0 +1,69 @@
+"""The driver of the journal: runs that end early, and buddies that answer nonsense."""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from twostroke.core.clock import MonotonicClock
+from twostroke.core.request import CacheScope, SequenceKey
+from twostroke.decode_worker.journal import Journal, JournalLimits
+from twostroke.decode_worker.journaling import Journaling
+from twostroke.protos import handover_pb2
+
+KEY = SequenceKey("r", 0)
+
+
+@dataclass
+class Buddy:
+    """Answers every offer with these bytes."""
+
+    reply: bytes
+    offers: list[int] = field(default_factory=list)
+
+    async def keep(self, address: str, request: bytes, timeout_s: float) -> bytes:
+        self.offers.append(len(handover_pb2.KeepRequest.FromString(request).token_ids))
+        return self.reply
+
+
+def order() -> Any:
+    buddy = SimpleNamespace(worker_id="b", address="b:1")
+    prompt = SimpleNamespace(names=SimpleNamespace(root=b"root"))
+    return SimpleNamespace(
+        engine_key=KEY, buddy=buddy, peers=(), prompt_ids=tuple(range(64)), scope=CacheScope("t", b""), prompt=prompt
+    )
+
+
+def made(buddy: Buddy, counters: Counter[str]) -> Journaling:
+    journal = Journal(JournalLimits(1e9, retry_s=0.01), 1, 16)
+    return Journaling(journal, buddy, MonotonicClock(), counters, lambda: "me:1")  # type: ignore[arg-type]
+
+
+async def test_a_run_may_end_before_its_offer_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+    buddy, counters = Buddy(handover_pb2.KeepReply(kept_tokens=64).SerializeToString()), Counter[str]()
+    journaling = made(buddy, counters)
+    journaling.begin(order())
+    journaling.grew(KEY, [1, 2], has_kv=True)
+    journaling.end(KEY)
+    async with asyncio.timeout(10):
+        while not counters["journal_offers"]:
+            await asyncio.sleep(0.001)
+    assert buddy.offers == [64]
+    assert not caplog.records
+    journaling.close()
+
+
+async def test_a_buddy_that_answers_nonsense_has_kept_nothing_and_is_asked_again() -> None:
+    buddy, counters = Buddy(b"\xff\xff\xff"), Counter[str]()
+    journaling = made(buddy, counters)
+    journaling.begin(order())
+    journaling.grew(KEY, [1, 2], has_kv=True)
+    async with asyncio.timeout(10):
+        while counters["journal_refused"] < 2:
+            await asyncio.sleep(0.001)
+    assert counters["journal_offers"] == counters["journal_blocks"] == 0
+    assert buddy.offers[:2] == [64, 64]
+    journaling.close()
