@@ -178,7 +178,8 @@ async def _end(builder: asyncio.subprocess.Process) -> None:
         return
     builder.terminate()
     try:
-        await asyncio.wait_for(builder.wait(), _STOP_S)
+        async with asyncio.timeout(_STOP_S):
+            await builder.wait()
     except TimeoutError:
         builder.kill()
         await builder.wait()

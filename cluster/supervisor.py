@@ -235,7 +235,8 @@ class Supervisor:
     async def news(self, timeout_s: float) -> None:
         """Wait until a member may have changed, or for `timeout_s`."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), max(0.0, timeout_s))
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await self._news.wait()
 
     def add(self, member: ProcessPlan) -> None:
         """Start a further member, and restart it from now on."""
@@ -320,7 +321,8 @@ class Supervisor:
             due_s = self._members.book.next_due_s()
             wait_s = None if due_s is None else max(0.0, due_s - self._clock.now_s())
             try:
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
             except TimeoutError:
                 continue
 
@@ -378,7 +380,8 @@ class Supervisor:
                     self._settled.set()
                 with contextlib.suppress(TimeoutError):
                     wait_s = _POLL_S if self._members.book.starting() else _WATCH_S
-                    await asyncio.wait_for(self._started.wait(), wait_s)
+                    async with asyncio.timeout(wait_s):
+                        await self._started.wait()
 
     def _note(self, cluster: dict[str, Any] | None) -> None:
         """Record the router's report on every member; without an answer the state of workers is unknown."""

@@ -236,7 +236,8 @@ class StreamCall(_Call):
             grpc.aio.AioRpcError: the call is over: no server answers, or our own proof was refused.
         """
         try:
-            metadata = await asyncio.wait_for(self._call.initial_metadata(), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                metadata = await self._call.initial_metadata()
         except TimeoutError:
             self._call.cancel()
             raise Unproven(self._claim.audience, f"gave no proof of the cluster's key within {ANSWER_S:g} s") from None
@@ -252,7 +253,8 @@ class StreamCall(_Call):
     async def _has_ended(self) -> bool:
         """True if the call has ended well, false if it continues without a proof; raises the status of a failed one."""
         try:
-            code = await asyncio.wait_for(self._call.code(), STATUS_S)
+            async with asyncio.timeout(STATUS_S):
+                code = await self._call.code()
         except TimeoutError:
             return False
         if code is not grpc.StatusCode.OK:

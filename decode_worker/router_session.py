@@ -92,7 +92,8 @@ class RouterSession:
 
     async def _welcome(self, context: SessionContext, info: common_pb2.WorkerInfo) -> bool:
         try:
-            first: Any = await asyncio.wait_for(context.read(), self._timing.hello_s)
+            async with asyncio.timeout(self._timing.hello_s):
+                first: Any = await context.read()
         except (TimeoutError, *STREAM_ERRORS):
             return False
         if not isinstance(first, worker_pb2.SessionUp) or not first.HasField("hello"):
@@ -107,7 +108,8 @@ class RouterSession:
             await self.outbox.wait_for_room()  # a router that does not read its output gets no new work done
             silence_s = self._timing.silence_s if self._has_beaten else None
             try:
-                message: Any = await asyncio.wait_for(context.read(), silence_s)
+                async with asyncio.timeout(silence_s):
+                    message: Any = await context.read()
             except TimeoutError:
                 log.warning("router %s: silent for %.1f s", self.router_id, self._timing.silence_s)
                 return
@@ -135,7 +137,8 @@ class RouterSession:
         """Send the waiting output as one message, or a beat after `beat_s` without output."""
         while not self._is_over:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.outbox.wait(), self._timing.beat_s)
+                async with asyncio.timeout(self._timing.beat_s):
+                    await self.outbox.wait()
             output = self.outbox.take()
             self._sequence += 1
             message = worker_pb2.SessionDown(sequence=self._sequence)
@@ -144,7 +147,8 @@ class RouterSession:
             else:
                 message.beat.CopyFrom(self._beat())
             try:
-                await asyncio.wait_for(context.write(message), self._timing.stall_s)
+                async with asyncio.timeout(self._timing.stall_s):
+                    await context.write(message)
             except TimeoutError:
                 log.warning("router %s: read nothing for %.1f s", self.router_id, self._timing.stall_s)
                 return

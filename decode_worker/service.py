@@ -81,7 +81,8 @@ class DecodeService:
         """
         self.is_draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             pass
         return self.hand_back(gave_back)

@@ -104,7 +104,8 @@ class PrefillService:
         """Refuse new hand-overs and let the running ones end for `timeout_s`; returns the number cancelled then."""
         self.is_draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             pass
         return self.cancel_all()
@@ -120,7 +121,8 @@ class PrefillService:
     async def _first(self, stream: ByteStream) -> handover_pb2.HandoverUp | None:
         """The opening message; None if none came in time, or a malformed one."""
         try:
-            envelope = await asyncio.wait_for(stream.receive(), self._tools.timing.silence_s)
+            async with asyncio.timeout(self._tools.timing.silence_s):
+                envelope = await stream.receive()
             message = None if envelope is None else decode_envelope(envelope)
         except (TimeoutError, WireError) as error:
             log.warning("a hand-over stream did not open: %s", error or "silence")

@@ -198,10 +198,12 @@ class RouterProcess:
             if self._connections:
                 self._connections.close_handshakes()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._http_task), 1.0)
+                async with asyncio.timeout(1.0):
+                    await asyncio.shield(self._http_task)
             self._http.force_exit = True
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(self._http_task, 1.0)
+                async with asyncio.timeout(1.0):
+                    await self._http_task
         # All requests are over, and a client may still be reading the end of one.
         graces = [LAST_READ_S if server is self._clients else 0.5 for server in self._servers]
         stopping = (server.stop(grace) for server, grace in zip(self._servers, graces, strict=True))

@@ -138,7 +138,8 @@ class Announcer:
                 reached = await self._announce(channel, address)
             failures = 0 if reached else failures + 1
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), self._retry.wait_s(max(1, failures)))
+                async with asyncio.timeout(self._retry.wait_s(max(1, failures))):
+                    await self._leaving.wait()
 
     async def _announce(self, channel: grpc.aio.Channel, address: str) -> bool:
         """Serve one stream until it breaks or we leave; returns True if the router answered."""
@@ -212,7 +213,8 @@ class Announcer:
                 await asyncio.wait([listener], timeout=LEAVE_TIMEOUT_S)
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), WORKER_LEASE.beat_s)
+                async with asyncio.timeout(WORKER_LEASE.beat_s):
+                    await changed.wait()
 
 
 async def _listen(

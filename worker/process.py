@@ -212,7 +212,8 @@ class WorkerProcess:
         handed_back = sum(await asyncio.gather(*drains))
         if handed_back:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._all_ended(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await self._all_ended()
             left_s = LINGER_S if end_s is None else end_s - self._clock.now_s()
             not_fetched = await self.departing.wait(left_s)
             log.info("%s: %d handed back, %d of them not fetched", self.settings.worker_id, handed_back, not_fetched)

@@ -32,9 +32,7 @@ CLOSE_S = 1.0  # for the thread to end; it is a daemon
 class Timing:
     """Lengths of watches and waits."""
 
-    watch_s: float = (
-        30.0  # asked of the server, spread up to 1.5 times; a hung one is noticed after this and the margin
-    )
+    watch_s: float = 30.0  # asked of the server, spread up to 1.5 times; a hung one is noticed a margin later
     margin_s: float = 5.0
     waits: Waits = field(default_factory=Waits)
 
@@ -165,6 +163,8 @@ class EndpointSlices:
             read_s=asked_s + timing.margin_s,
         )
         try:
+            if self._ending.is_set():  # `follow` ended before there was a response to cut
+                return step
             self._works()
             for event in events_of(response, asked_s + timing.margin_s):
                 self._take(event)

@@ -78,7 +78,8 @@ class InProcessLauncher:
     async def abort(self) -> None:
         """Stop all running members. A thread that builds an engine cannot be ended, only the kernels' compilers."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.close(), ABORT_S)
+            async with asyncio.timeout(ABORT_S):
+                await self.close()
         await asyncio.to_thread(stop_building, ABORT_S)
 
     async def leave(self) -> None:

@@ -105,7 +105,8 @@ class ProcessLauncher:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), grace_s + 2.0)
+            async with asyncio.timeout(grace_s + 2.0):
+                await process.wait()
         except TimeoutError:
             _end(process)
             await process.wait()

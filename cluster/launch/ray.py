@@ -100,8 +100,10 @@ class RayLauncher:
         import ray
 
         try:
-            await asyncio.wait_for(_settled(actor.stop.remote()), 2.0)
-            await asyncio.wait_for(asyncio.shield(watcher), grace_s + 5.0)
+            async with asyncio.timeout(2.0):
+                await _settled(actor.stop.remote())
+            async with asyncio.timeout(grace_s + 5.0):
+                await asyncio.shield(watcher)
         except (TimeoutError, ray.exceptions.RayError):
             pass  # it hangs or has ended already; in both cases it is killed below
         ray.kill(actor, no_restart=True)

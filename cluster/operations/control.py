@@ -73,7 +73,8 @@ class Control:
             if _is_owner(writer.get_extra_info("socket")):
                 answer = await self._answer(reader, say)
                 writer.write(json.dumps(answer._asdict()).encode() + b"\n")
-                await asyncio.wait_for(writer.drain(), ASK_S)
+                async with asyncio.timeout(ASK_S):
+                    await writer.drain()
         except (OSError, TimeoutError):
             log.debug("who asked is gone")
         finally:
@@ -82,7 +83,8 @@ class Control:
 
     async def _answer(self, reader: asyncio.StreamReader, say: Say) -> Answer:
         try:
-            asked = json.loads(await asyncio.wait_for(reader.readline(), ASK_S))
+            async with asyncio.timeout(ASK_S):
+                asked = json.loads(await reader.readline())
             return await self._do(asked, say)
         except (ValueError, TimeoutError, AttributeError, KeyError, TypeError) as error:
             return Answer(2, f"this is no command: {type(error).__name__}")

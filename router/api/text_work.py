@@ -41,7 +41,8 @@ class TextWork:
         future: Future[T] = (self._large if num_chars > LARGE_CHARS else self._small).submit(work)
         future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(ended))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             if future.done() and not future.cancelled() and future.exception() is not None:
                 raise

@@ -129,7 +129,8 @@ class WorkerLink:
         """Wait briefly for queued orders to be sent, then end both streams."""
         with contextlib.suppress(TimeoutError):
             if self._is_up:
-                await asyncio.wait_for(self._orders.join(), FLUSH_S)
+                async with asyncio.timeout(FLUSH_S):
+                    await self._orders.join()
         self._is_closing = True
         tasks = [*self._keepers, *([self._session] if self._session else [])]
         for task in tasks:
@@ -233,7 +234,8 @@ class WorkerLink:
         while True:
             sequence += 1
             try:
-                message = await asyncio.wait_for(self._orders.get(), ROUTER_LEASE.beat_s)
+                async with asyncio.timeout(ROUTER_LEASE.beat_s):
+                    message = await self._orders.get()
             except TimeoutError:
                 await call.write(worker_pb2.SessionUp(sequence=sequence, beat=worker_pb2.Beat()))
                 continue

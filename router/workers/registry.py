@@ -117,7 +117,8 @@ class WorkerRegistry:
         """Wait until a worker came, went or changed, or `wake` was called, for at most `timeout_s`."""
         changed = self._changed
         try:
-            await asyncio.wait_for(changed.wait(), max(0.0, timeout_s))
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await changed.wait()
         except TimeoutError:
             pass
 

@@ -50,6 +50,34 @@ async def test_a_call_whose_peer_gives_no_proof_in_time_is_cancelled(monkeypatch
     assert silent.is_cancelled
 
 
+class Late(Liar):
+    """A call whose headers come, without a proof, when the test says so; its status never comes."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.headers = asyncio.get_running_loop().create_future()
+
+    async def initial_metadata(self) -> Any:
+        return await self.headers
+
+    async def code(self) -> grpc.StatusCode:
+        return await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_a_cancel_that_comes_together_with_the_headers_is_not_lost(num_turns: int):
+    call = Late()
+    reading = asyncio.create_task(StreamCall(call, CLAIM, b"k" * 32).read())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    call.headers.set_result(())
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    assert reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
 class Ended:
     """A call that ended well before its initial metadata could be seen: grpc.aio reports none then."""
 

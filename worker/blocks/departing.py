@@ -43,5 +43,6 @@ class Departing:
                 break
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), max(0.0, min(until_s, end_s) - now_s))
+                async with asyncio.timeout(max(0.0, min(until_s, end_s) - now_s)):
+                    await self._changed.wait()
         return self.departure.num_left

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from support.deploy.kube.slices import endpoint, endpoint_slice
 from support.deploy.kube.store import Store
 from support.fakes.ear import KEY, Ear
 
+from twostroke.cluster.discovery import endpoint_slices
 from twostroke.cluster.discovery.endpoint_slices import EndpointSlices, ServiceAt, Timing
 from twostroke.cluster.discovery.slices import Wanted
 from twostroke.cluster.discovery.watching import Waits
@@ -181,8 +183,6 @@ async def test_an_answer_that_is_no_slice_is_a_problem_and_not_the_end(api: ApiS
 
 
 async def test_who_stops_to_follow_leaves_no_thread_and_no_watch(api: ApiServer):
-    import threading
-
     others = set(threading.enumerate())  # of earlier tests, e.g. of one whose server hung
 
     def is_there() -> bool:
@@ -195,6 +195,27 @@ async def test_who_stops_to_follow_leaves_no_thread_and_no_watch(api: ApiServer)
         began_s = time.monotonic()
     assert time.monotonic() - began_s < 20.0  # the watch would have lasted a minute
     await until(lambda: not is_there())
+
+
+async def test_who_stops_to_follow_while_the_watch_is_asked_for_leaves_no_thread(api: ApiServer, monkeypatch):
+    was_asked, may_answer = threading.Event(), threading.Event()
+
+    def slow(*arguments, **named):
+        if named.get("watch"):
+            was_asked.set()
+            may_answer.wait(60.0)
+        return connection.opened(*arguments, **named)
+
+    monkeypatch.setattr(endpoint_slices, "opened", slow)
+    monkeypatch.setattr(endpoint_slices, "CLOSE_S", 0.01)
+    others = set(threading.enumerate())
+    tell(api, "a", "10.0.0.1")
+    async with following():
+        await until(was_asked.is_set)
+        (thread,) = (each for each in set(threading.enumerate()) - others if "k8s://" in each.name)
+    may_answer.set()
+    await asyncio.to_thread(thread.join, 50.0)  # the watch would have lasted a minute or more
+    assert not thread.is_alive()
 
 
 async def test_a_process_without_an_account_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
