@@ -2,8 +2,8 @@
 
 The wrappers run on tensors without memory while a recorder stands in for the launch: so the types, constants and
 options compiled here are those of a real run. `python bench/gpu/ahead.py` prints the results as JSON, `--all` of every
-configuration for every target; without it those that the tests need, for some targets only if they are named. Knows
-no timing.
+configuration for every target; `--quick` of one shape for some targets; without both those that `make targets` needs.
+Knows no timing.
 """
 
 from __future__ import annotations
@@ -261,30 +261,37 @@ def compile_shape(job: tuple[str, str, tuple[str, ...]]) -> list[dict[str, Any]]
     return results
 
 
-def jobs(everything: bool, targets: Sequence[str] = tuple(TARGETS)) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What to compile. For the tests: one shape for these targets, and the attention of others for sm_90."""
+def jobs(
+    everything: bool, targets: Sequence[str] = tuple(TARGETS), quick: bool = False
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What to compile. For the tests: one shape for these targets, and unless `quick` other shapes' attention."""
     if everything:
         names = dict.fromkeys(SHAPES, (*ATTENTION, "rotary_store_kv"))
         names[REPRESENTATIVE] = tuple(calls(SHAPES[REPRESENTATIVE]))
         return [(shape, target, names[shape]) for shape in SHAPES for target in TARGETS]
     found = [(REPRESENTATIVE, target, (*QUICK, *ATTENTION)) for target in targets]
+    if quick:
+        return found
     if "sm_90" in targets:
         found += [(shape, "sm_90", ATTENTION) for shape in SHAPES if shape != REPRESENTATIVE]
     # The widest heads are what the 99 KiB of a block could be too small for.
     return found + [(WIDEST, target, ATTENTION[1:]) for target in launch.LIMITED if target in targets]
 
 
-def compile_all(everything: bool, targets: Sequence[str] = tuple(TARGETS), processes: int = 2) -> list[dict[str, Any]]:
+def compile_all(
+    everything: bool, targets: Sequence[str] = tuple(TARGETS), processes: int = 2, quick: bool = False
+) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(processes) as pool:
-        return [result for results in pool.map(compile_shape, jobs(everything, targets)) for result in results]
+        return [result for results in pool.map(compile_shape, jobs(everything, targets, quick)) for result in results]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="every shape for every target (minutes)")
+    parser.add_argument("--quick", action="store_true", help="one shape for each target")
     parser.add_argument("targets", nargs="*", default=[*TARGETS], help="such as sm_90; without --all (default: all)")
     given = parser.parse_args()
-    print(json.dumps(compile_all(given.all, given.targets)))
+    print(json.dumps(compile_all(given.all, given.targets, quick=given.quick)))
 
 
 if __name__ == "__main__":

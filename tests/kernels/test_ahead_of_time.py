@@ -1,6 +1,6 @@
 """Every kernel becomes machine code for every target, as its wrapper launches it, on a machine without a GPU.
 
-`make test` compiles for sm_80, sm_89, sm_90, sm_100 and gfx942; `make targets` for the others.
+`make test` compiles one shape for sm_80, sm_89, sm_90, sm_100 and gfx942; `make targets` more shapes for more targets.
 """
 
 import functools
@@ -21,7 +21,7 @@ ROOT = Path(twostroke.__file__).resolve().parents[2]
 SHARED_KIB = {
     "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
 }  # fmt: skip # one block may have this much
-IN_CAMPAIGN = ("sm_86", "sm_120")
+IN_SUITE = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 COMPILE_S = 900  # about a minute on two quiet cores, but a busy machine may take many times that
 pytestmark = [
     pytest.mark.timeout(COMPILE_S + 10),
@@ -29,12 +29,12 @@ pytestmark = [
 ]
 
 
-Compile = Callable[[tuple[str, ...]], list[dict[str, Any]]]
+Compile = Callable[[bool], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Results of compiling for some targets, once per set of them.
+    """Results of compiling one shape for the targets of the suite, or all that ships for all; each once.
 
     The interpreter is chosen when triton is imported, so the compiler needs a process of its own.
 
@@ -48,14 +48,15 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     environment["OMP_NUM_THREADS"] = "1"
 
     @functools.cache
-    def compile_for(targets: tuple[str, ...]) -> list[dict[str, Any]]:
-        command = [sys.executable, str(ROOT / "bench" / "gpu" / "ahead.py"), *targets]
+    def compile_them(quick: bool) -> list[dict[str, Any]]:
+        what = ["--quick", *IN_SUITE] if quick else list(SHARED_KIB)
+        command = [sys.executable, str(ROOT / "bench" / "gpu" / "ahead.py"), *what]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMPILE_S, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         results: list[dict[str, Any]] = json.loads(done.stdout)
         return results
 
-    return compile_for
+    return compile_them
 
 
 def written_kernels() -> set[str]:
@@ -69,17 +70,21 @@ def written_kernels() -> set[str]:
     return {name for name in names if name.endswith("_kernel")}
 
 
-def of_target(compiled: Compile, target: str) -> list[dict[str, Any]]:
-    targets = tuple(each for each in SHARED_KIB if (each in IN_CAMPAIGN) == (target in IN_CAMPAIGN))
-    return [result for result in compiled(targets) if result["target"] == target]
+def of_target(compiled: Compile, target: str, quick: bool = False) -> list[dict[str, Any]]:
+    return [result for result in compiled(quick) if result["target"] == target]
 
 
 @pytest.mark.parametrize(
-    "target",
-    [pytest.param(each, marks=[pytest.mark.campaign] if each in IN_CAMPAIGN else []) for each in SHARED_KIB],
+    ("target", "quick"),
+    [
+        *((target, True) for target in IN_SUITE),
+        *(pytest.param(target, False, marks=pytest.mark.campaign) for target in SHARED_KIB),
+    ],
 )
-def test_every_kernel_becomes_machine_code_within_the_target_s_limits(compiled: Compile, target: str) -> None:
-    results = of_target(compiled, target)
+def test_every_kernel_becomes_machine_code_within_the_target_s_limits(
+    compiled: Compile, target: str, quick: bool
+) -> None:
+    results = of_target(compiled, target, quick)
     assert {result["kernel"] for result in results} == written_kernels()
     for result in results:
         assert result["code_bytes"] > 1000
@@ -89,6 +94,7 @@ def test_every_kernel_becomes_machine_code_within_the_target_s_limits(compiled: 
         assert not result["fused"]
 
 
+@pytest.mark.campaign
 def test_nothing_that_ships_for_sm_90_spills_registers(compiled: Compile) -> None:
     results = of_target(compiled, "sm_90")
     assert len({result["shape"] for result in results}) > 4

@@ -150,8 +150,8 @@ _DECODE = [
     Mutant("decode_worker/router_session.py", "                self._has_beaten = True\n", "                pass\n"),
     Mutant(
         "decode_worker/router_session.py",
-        "await asyncio.wait_for(context.write(message), self._timing.stall_s)",
-        "await context.write(message)",
+        "async with asyncio.timeout(self._timing.stall_s):",
+        "async with asyncio.timeout(None):",
     ),
     Mutant(
         "decode_worker/router_session.py",

@@ -48,7 +48,14 @@ def test_a_planted_bug_is_found(bug: Planted):
 
 @pytest.mark.parametrize("vary", sorted({bug.vary for bug in PLANTED}, key=lambda vary: vary.__name__))
 def test_biased_settings_hold_every_invariant(vary: Vary):
-    violated = [str(run_schedule(seed, vary=vary).violation or "") for seed in seeds_of(1, 30)]
+    violated = [str(run_schedule(seed, vary=vary).violation or "") for seed in seeds_of(1, 6)]
+    assert not any(violated), violated
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("vary", sorted({bug.vary for bug in PLANTED}, key=lambda vary: vary.__name__))
+def test_more_biased_settings_hold_every_invariant(vary: Vary):
+    violated = [str(run_schedule(seed, vary=vary).violation or "") for seed in seeds_of(1, 60)]
     assert not any(violated), violated
 
 
@@ -67,14 +74,14 @@ def test_a_bug_in_the_simulator_cannot_be_planted():
 
 
 def test_a_seed_plays_the_same_twice_and_seeds_differ():
-    first = [run_schedule(seed).digest for seed in range(40)]
-    assert [run_schedule(seed).digest for seed in range(40)] == first
-    assert len(set(first)) == 40
+    first = [run_schedule(seed).digest for seed in range(12)]
+    assert [run_schedule(seed).digest for seed in range(12)] == first
+    assert len(set(first)) == 12
 
 
 @pytest.mark.timeout(600)
 def test_a_seed_plays_the_same_in_every_process():
-    script = "from twostroke.sim.faults import run_schedule as r; print([r(s).digest for s in range(100, 130)])"
+    script = "from twostroke.sim.faults import run_schedule as r; print([r(s).digest for s in range(100, 108)])"
     said = set()
     for hash_seed in ("0", "1", "4711"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}

@@ -166,7 +166,7 @@ async def test_a_dead_or_frozen_rank_ends_its_worker(number, is_busy, tiny_check
     await until(lambda: all(map(is_gone, pids)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.campaign)])
 async def test_ranks_end_with_their_worker(number, tiny_checkpoint):
     process, _, pids = await serving(tiny_checkpoint)
     regions = [

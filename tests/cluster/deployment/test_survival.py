@@ -75,6 +75,7 @@ async def until_all_live(client: AsyncClient, *names: str) -> dict[str, int]:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.campaign
 async def test_streams_outlive_the_supervisor_and_another_one_adopts_the_cluster(homes: Callable[..., Home]) -> None:
     home = homes(decode=2)
     assert (await up(home)).returncode == 0

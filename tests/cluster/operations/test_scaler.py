@@ -81,6 +81,7 @@ async def until_workers(client: AsyncClient, expected: dict[str, str]) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.campaign
 async def test_a_decode_worker_comes_with_the_load_and_goes_with_it(tiny_checkpoint):
     async with planned(tiny_checkpoint) as (supervisor, loads, client):
         two = {"prefill-0": "prefill", "decode-0": "decode"}
