@@ -220,6 +220,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/decode_worker/test_choice.py",
     ),
     "text/tokenizer": ("tests/text/test_tokenizer.py",),
+    "text/parsing/call_forms": ("tests/text/parsing/test_call_grammar.py",),
     "text/parsing/": ("tests/text/parsing/test_parser.py", "tests/text/parsing/test_recorded_outputs.py"),
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),

@@ -28,5 +28,15 @@ MUTANTS = [
         "        yield from _text(source, kind)",
     ),
     Mutant("text/parsing/harmony.py", "Kind.REASONING if reading.is_thinking else Kind.CONTENT", "Kind.CONTENT"),
+    Mutant("text/parsing/call_forms.py", 'if word.is_special("｜DSML｜"):', "if False:"),
+    Mutant("text/parsing/call_forms.py", "if key in required else", "if key not in required else"),
+    Mutant("text/parsing/call_forms.py", "is_exact = required <= properties.keys() and", "is_exact = True or"),
+    Mutant("text/parsing/call_forms.py", "._replace(is_only_opener=False)", ""),
+    Mutant("text/parsing/call_forms.py", "and schema.keys() <= _WORDS_OF_TEXT", ""),
+    Mutant(
+        "text/parsing/call_forms.py", ", **{name: keepable(root[name]) for name in _DEFINITIONS if name in root}", ""
+    ),
+    Mutant("text/parsing/call_forms.py", "{'+' if parallel else ''}", "+"),
+    Mutant("text/parsing/grammar.py", "and form.is_only_opener and form.is_exact", ""),
     Mutant("text/tokenizer.py", "if token.special}\n    return tuple(special", "}\n    return tuple(special"),
 ]

@@ -418,7 +418,7 @@ async def test_the_choice_of_a_tool_reaches_the_worker_as_a_grammar(model, more,
 
 
 async def test_a_format_without_a_grammar_refuses_to_enforce_and_names_strict_as_ignored(model):
-    async with router(tool_parser="glm", reasoning_parser="none") as there:
+    async with router(tool_parser="gemma4", reasoning_parser="none") as there:
         await there.add(worker(model, "Hi."))
         with pytest.raises(openai.BadRequestError, match="cannot be enforced: give auto"):
             await there.chat(tools=[WEATHER], tool_choice="required")
