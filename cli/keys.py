@@ -1,7 +1,9 @@
-"""`twostroke keys`: make API keys for clients, and check a file of them."""
+"""`twostroke keys`: make API keys for clients, and check a file of them; and how any command is given one."""
 
 from __future__ import annotations
 
+import getpass
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -51,3 +53,28 @@ def check(path: Annotated[Path, typer.Argument(metavar="FILE", help="A file for 
             *(["may monitor"] if grant.may_monitor else []),
         ]
         typer.echo(f"{allowance.key} of {grant.tenant} in {grant.isolation_domain}: {'; '.join(bounds)}")
+
+
+def read_key(given: str | None) -> str | None:
+    """Resolve a value of `--api-key`: @FILE is the file's first line, - is typed or piped input, else it is the key.
+
+    Raises:
+        ConfigError: the file cannot be read, or there is no key. No message shows a key.
+    """
+    if given is None or not (given == "-" or given.startswith("@")):
+        return given
+    if given == "-":
+        where = "standard input"
+        text = getpass.getpass("API key: ") if sys.stdin.isatty() else sys.stdin.readline()
+    else:
+        where = f"the file {given[1:]!r}"
+        try:
+            text = Path(given[1:]).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--api-key: {where} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
+    key = text.strip().partition("\n")[0].strip()
+    if not key:
+        raise ConfigError(f"--api-key: {where} holds no key")
+    return key

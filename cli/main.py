@@ -10,9 +10,9 @@ import typer
 from ..cli import certs, chat, down, drain, explain, quantize, restart, role, serve, status, up
 from ..cli import processes as members
 from ..core.errors import TwostrokeError
+from .arguments import translated
 from .failure import fail
 from .keys import app as keys_app
-from .options import spread_modules
 from .simulation.sim import app as sim_app
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ app.add_typer(sim_app, name="sim")
 def main() -> None:
     """Run a command; a typed error becomes one line and exit code 2."""
     try:
-        app(spread_modules(sys.argv[1:]))
+        app(translated(sys.argv[1:], lambda line: typer.echo(f"twostroke: {line}", err=True)))
     except TwostrokeError as error:
         fail(error)
 

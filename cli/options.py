@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 
 from ..cluster.config import Config, load_config
 from ..core.errors import ConfigError
-from .secret import read_key
+from .keys import read_key
 
 SETTING_BY_FLAG = {
     "model": "model.path",
@@ -303,20 +303,6 @@ def config_from(flags: dict[str, Any]) -> Config:
     if given.get("router.runtime_lora"):
         given["model.enable_lora"] = True
     return load_config(flags.get("config"), os.environ, given)
-
-
-def spread_modules(arguments: Sequence[str]) -> list[str]:
-    """Arguments with every value behind --lora-modules as a flag of its own: vLLM's flag takes several."""
-    spread: list[str] = []
-    takes_more = False
-    for argument in arguments:
-        is_module = "=" in argument or argument.startswith(("{", "["))
-        if takes_more and not argument.startswith("-") and is_module and spread[-1] != "--lora-modules":
-            spread.append("--lora-modules")
-        elif argument.startswith("-"):
-            takes_more = argument == "--lora-modules"
-        spread.append(argument)
-    return spread
 
 
 def _json_mapping(flag: str, text: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..client.client import Client
-from .secret import read_key
+from .keys import read_key
 from .supervised import without_supervisor
 
 Grpc = Annotated[str, typer.Option("--grpc", help="host:port of the router's gRPC face.")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -20,10 +22,14 @@ from .last_words import cause_of
 from .ray_guard import set_variables
 from .ray_processes import end_processes
 
+log = logging.getLogger(__name__)
+
 NAMESPACE = "twostroke"
 _OBJECT_STORE_BYTES = 80 << 20  # about the smallest size that Ray accepts; no KV goes through the object store
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for programs that `ray job submit` runs
 _RAYS = "r"  # Ray makes its folder writable for every user, so it is inside ours, which only its owner can enter
+_STARTS = 3  # attempts to start a Ray of our own: it gives its processes 30 s, which a busy machine may exceed
+_TOO_SLOW = "timed out"  # in Ray's words for an attempt whose processes did not answer in time
 _LEAVE_S = 1.0
 _ANSWER_S = 5.0
 _ELSEWHERE = (  # variables that make Ray use another cluster, store, port, folder or environment
@@ -57,7 +63,7 @@ class RaySession:
         self._before: dict[str, str | None] = {}
 
     def open(self) -> None:
-        """Start or join Ray. Takes 3 to 6 seconds.
+        """Start or join Ray. Takes 3 to 6 seconds, on a busy machine up to a minute and a half.
 
         Raises:
             ConfigError: Ray did not start or the cluster was not found.
@@ -67,11 +73,11 @@ class RaySession:
         self._opener = threading.current_thread()
         empty = self._scratch.path / "empty"
         try:
-            empty.mkdir()
+            empty.mkdir(exist_ok=True)
             if self._address:
                 self._join(self._address, empty)
             else:
-                self._start(self._scratch.path / _RAYS, empty)
+                self._start_patiently(self._scratch.path / _RAYS, empty)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error}: pip install 'twostroke[ray]', or use --launcher process") from None
         except Exception as error:
@@ -102,6 +108,23 @@ class RaySession:
         _check_answers(address)  # Ray itself would try for minutes
         # A submitted job has its own working folder already, and Ray accepts no second one.
         ray.init(address=address, **_common(None if _SUBMITTED in os.environ else empty, self._namespace))
+
+    def _start_patiently(self, folder: Path, empty: Path) -> None:
+        """Start Ray, again after an attempt that took too long. Nothing of an attempt that failed is left."""
+        for attempt in range(1, _STARTS + 1):
+            try:
+                self._start(folder, empty)
+                return
+            except ModuleNotFoundError:
+                raise
+            except Exception as error:
+                if not self._is_aborted:
+                    _shut_down()
+                    end_processes(self._scratch.path)
+                    shutil.rmtree(folder, ignore_errors=True)
+                if self._is_aborted or attempt == _STARTS or _TOO_SLOW not in str(error):
+                    raise
+                log.warning("Ray did not start, trying again: %s", cause_of(str(error)))
 
     def _start(self, folder: Path, empty: Path) -> None:
         folder.mkdir()

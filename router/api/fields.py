@@ -253,4 +253,30 @@ REFUSED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
 }
-INSTEAD = {"functions": "give tools", "function_call": "give tool_choice"}  # other words for refused fields
+# What serves the purpose of a refused field; of the others nothing does.
+INSTEAD = {
+    "functions": "give tools",
+    "function_call": "give tool_choice",
+    "json_schema": "give response_format with type json_schema, or structured_outputs.json",
+    "regex": "give structured_outputs.regex",
+    "ebnf": "give structured_outputs.grammar (Lark or GBNF)",
+    "grammar": "give structured_outputs.grammar (Lark or GBNF)",
+    "format": "give response_format",
+    "thinking_token_budget": "bound the whole answer with max_tokens",
+    "input_ids": "give token ids as prompt to /v1/completions",
+    "chat_template": "start the router with --chat-template",
+    "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",
+    "lora_path": "give the adapter's name as model",
+    "no_stop_trim": "give include_stop_str_in_output",
+    "allowed_token_ids": "give structured_outputs, or logit_bias",
+    "best_of": "give n, and choose among the answers",
+    "n_predict": "give max_tokens",
+    "repeat_penalty": "give repetition_penalty",
+    "typical_p": "give top_p or min_p",
+    "n_probs": "give logprobs",
+    "echo": "send it to /v1/completions",
+    "suffix": "send it to /v1/completions",
+    "reasoning_effort": "send it to /v1/chat/completions",
+    "tools": "send them to /v1/chat/completions",
+    "tool_choice": "send it to /v1/chat/completions",
+}

@@ -9,6 +9,7 @@ import pytest
 import typer
 
 import twostroke
+from twostroke.cli.arguments import ALWAYS, INSTEAD, SAME
 from twostroke.cli.main import app
 
 ROOT = Path(twostroke.__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ def named() -> Iterator[tuple[str, str]]:
 
 
 def test_every_flag_that_is_named_exists():
-    known = flags_of(typer.main.get_command(app)) | set(OF_OTHERS)
+    known = flags_of(typer.main.get_command(app)) | {*OF_OTHERS, *SAME, *ALWAYS, *INSTEAD}
     places = list(named())
     assert len(places) > 200  # the search finds them
     assert [place for place in places if place[0] not in known] == []

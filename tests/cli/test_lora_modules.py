@@ -3,7 +3,8 @@
 import pytest
 
 from twostroke.checkpoint.config import ModelConfig
-from twostroke.cli.options import config_from, spread_modules
+from twostroke.cli.arguments import translated
+from twostroke.cli.options import config_from
 from twostroke.cluster.config import load_config
 from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError
@@ -62,11 +63,11 @@ def test_the_flag_takes_several_values_as_vllms_does():
         "-tp",
         "2",
     ]
-    assert spread_modules(given) == [
+    assert translated(given, print) == [
         *("serve", "--lora-modules", "a=/x", "--lora-modules", '{"name": "b"}', "--port", "1"),
         *("--lora-modules", "c=/z", "--lora-modules", "d=/w", "-tp", "2"),
     ]
-    assert spread_modules(["serve", "model", "--lora-modules", "a=/x", "rest"])[-1] == "rest"
+    assert translated(["serve", "model", "--lora-modules", "a=/x", "rest"], print)[-1] == "rest"
 
 
 def test_memory_is_kept_for_adapters_only_where_there_can_be_some():

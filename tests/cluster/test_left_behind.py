@@ -14,6 +14,7 @@ from twostroke.cluster.launch.environment import member_environment
 from twostroke.cluster.launch.ray_processes import end_processes
 from twostroke.cluster.launch.ray_session import RaySession
 from twostroke.cluster.scratch import Scratch
+from twostroke.core.errors import ConfigError
 
 HOLD = "from twostroke.cluster.scratch import Scratch; s = Scratch('twostroke-'); print(s.path, flush=True); input()"
 
@@ -94,6 +95,33 @@ def test_an_aborted_start_of_ray_makes_nothing_more(temporary: Path):
     assert outcome == ["Ray's start was aborted"] * 2
     assert list(temporary.iterdir()) == []
     session.open()  # too late: it does nothing
+
+
+def test_a_ray_that_was_too_slow_to_start_is_started_again_in_a_fresh_folder(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+):
+    session, outcomes = RaySession(None), ["node timed out during startup", "it timed out again", ""]
+
+    def start(folder: Path, empty: Path) -> None:
+        folder.mkdir()  # fails if the last attempt left it
+        assert empty.is_dir()
+        if why := outcomes.pop(0):
+            raise RuntimeError(why)
+
+    monkeypatch.setattr(session, "_start", start)
+    session.open()
+    assert not outcomes
+    outcomes += ["node timed out"] * 3 + ["no such file"]
+    other = RaySession(None)
+    monkeypatch.setattr(other, "_start", start)
+    with pytest.raises(ConfigError, match="Ray did not start: node timed out"):
+        other.open()
+    with pytest.raises(ConfigError, match="no such file"):  # which no second attempt would mend
+        other.open()
+    assert not outcomes
+    for each in (session, other):
+        each.close()
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_local_ray_is_ours_whatever_the_environment_says(temporary: Path, monkeypatch: pytest.MonkeyPatch):

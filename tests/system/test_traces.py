@@ -122,7 +122,7 @@ def _check_files(killable: Killable) -> None:
 
 @pytest.mark.parametrize("given", ["@/nowhere", "@", "-"])
 def test_a_key_that_is_not_there_is_an_error(given: str):
-    from twostroke.cli.secret import read_key
+    from twostroke.cli.keys import read_key
     from twostroke.core.errors import ConfigError
 
     with pytest.MonkeyPatch.context() as patch:

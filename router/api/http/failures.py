@@ -101,6 +101,13 @@ _ABSENT = {
         ("/tokenize", "/detokenize"),
         "; /v1/responses/input_tokens and /v1/messages/count_tokens count tokens, return_token_ids shows an answer's",
     ),
+    **dict.fromkeys(("/encode", "/classify"), _TEXT_ONLY),
+    **dict.fromkeys(("/generate", "/completion"), "; /v1/completions takes prompts, /v1/chat/completions messages"),
+    **dict.fromkeys(
+        ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"),
+        "; a cluster serves the model that it was started with: twostroke serve MODEL",
+    ),
+    **dict.fromkeys(("/docs", "/redoc", "/openapi.json"), "; docs/api.md lists the routes and their fields"),
     **dict.fromkeys(("/conversations", "/assistants", "/threads"), "; /v1/responses keeps a conversation's turns"),
 }
 
