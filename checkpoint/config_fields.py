@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """Read a number above 0."""
         value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.wrong(name, value, "a number above 0")
         return float(value)
 
@@ -61,7 +62,9 @@ class Fields:
         """Read a list of `length` numbers above 0."""
         value = self._get(name, None)
         good = isinstance(value, list) and len(value) == length
-        if not good or not all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in value):
+        if not good or not all(
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in value
+        ):
             raise self.wrong(name, value, f"{length} numbers above 0")
         return tuple(float(x) for x in value)
 

@@ -27,6 +27,7 @@ _QUANTISED = (*_FLOATS, "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32
 QUANTISATION_FILE = "hf_quant_config.json"  # of ModelOpt; says what stored tensors mean
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CHUNK_BYTES = 4 << 20
+MAX_HEADER_BYTES = 100_000_000  # as in the library of the format
 _NESTED, _PLAIN = "model.language_model.", "model."
 
 
@@ -180,10 +181,11 @@ def _indexed_files(index_file: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
+def read_header(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> tuple[bytes, dict[str, Any]]:
     """Read the header of a safetensors file, raw and parsed, and check the file's length against it.
 
-    Parsed, it has the text model's names; `stored_as` is a tensor's name in the file.
+    Parsed, it has the text model's names; `stored_as` is a tensor's name in the file. `max_bytes`: of the header; while
+    it is parsed no other thread runs.
 
     Raises:
         CheckpointError: the file is truncated or no safetensors.
@@ -193,17 +195,30 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{path} is cut short or no safetensors ({size} bytes); fetch it again")
+        if length > max_bytes:
+            raise CheckpointError(f"{path} has a header of {length} bytes; {max_bytes} at most")
         raw = file.read(length)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         header = {_text_name(name): {**entry, "stored_as": name} for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        end = max((_end_of(entry["data_offsets"]) for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error!r}); fetch it again") from None
     if size != 8 + length + end:
         raise CheckpointError(f"{path} has {size} bytes where its header asks for {8 + length + end}; fetch it again")
     return raw, header
+
+
+def _end_of(offsets: Any) -> int:
+    """End of a tensor's place.
+
+    Raises:
+        ValueError: the place is none.
+    """
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(offset) is int for offset in offsets):
+        raise ValueError(f"data_offsets is {str(offsets)[:60]}")
+    return int(offsets[1])
 
 
 def _text_name(name: str) -> str:

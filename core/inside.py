@@ -201,6 +201,15 @@ class UnaryCall(_Call):
             if self._explain is None:
                 raise
             raise await self._explain(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # grpc.aio also raises it in a task that nobody cancelled, when the channel is closed.
+            closed = "the connection was closed while the call ran"
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), closed
+            ) from None
         self._check(await self._call.initial_metadata())
         return response
 

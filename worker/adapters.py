@@ -53,6 +53,8 @@ class WorkerAdapters:
         """
         if name == self._model:
             raise InvalidRequest(f"{name!r} is the model itself; give the adapter another name", param="lora_name")
+        if not name.isprintable():  # it stands in logs and lists
+            raise InvalidRequest(f"the name {name[:100]!r} has characters that cannot be shown", param="lora_name")
         if not Path(path).is_absolute():
             raise InvalidRequest(f"lora_path is {path[:200]!r}; must be an absolute path", param="lora_path")
         if self._num_waiting >= MAX_LOADS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from ..client.status import to_rpc_status
 from ..core.errors import ConfigError, InvalidRequest, TwostrokeError
 from ..kv.messages import role_from_wire
 from ..protos import common_pb2, worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from .process import WorkerProcess
@@ -55,6 +58,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             )
         except TwostrokeError as error:
             await context.abort_with_status(to_rpc_status(error))
+        except Exception as error:  # files may be broken in ways that nobody has thought of
+            log.exception("the adapter in %s could not be loaded", request.path[:200])
+            broken = InvalidRequest(f"{request.path[:200]} cannot be loaded: {error!r}"[:500], param="lora_path")
+            await context.abort_with_status(to_rpc_status(broken))
         return self._worker.info()
 
     async def UnloadAdapter(self, request: worker_pb2.UnloadAdapterRequest, context: Any) -> common_pb2.WorkerInfo:

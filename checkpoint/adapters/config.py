@@ -92,9 +92,13 @@ def read_config(directory: Path) -> tuple[AdapterConfig, bytes]:
     """
     path = directory / CONFIG_FILE
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; {MAX_CONFIG_BYTES} at most")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would never be read, a device never end
+            raise CheckpointError(f"{path} is no regular file; save the adapter again")
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_CONFIG_BYTES} bytes")
+        values = json.loads(text.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}); give the directory of an adapter that PEFT has saved"

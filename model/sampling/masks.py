@@ -28,6 +28,7 @@ THREADS = 2
 WAIT_S = 0.005  # of a step for all of its masks; longer ones must not hold the other sequences
 OVERDUE_S = 10.0  # a sequence whose mask takes longer ends; compiling included, waiting for a thread not
 MAX_MATCHERS = 1024
+PIECE = 32  # ids that a matcher takes between two looks at the clock
 MAX_STUCK = 8  # threads given up; then the worker takes no more grammars
 
 
@@ -82,7 +83,7 @@ class GrammarMasks:
         self._start = start
         self._known: OrderedDict[SequenceKey, _Known] = OrderedDict()
         self._threads: ThreadPoolExecutor | None = None
-        self._num_stuck = 0
+        self._stuck: list[Future[tuple[bytes, ...]]] = []  # jobs that were given up; each holds a thread until it ends
         self._last_overdue_s = 0.0
 
     def begin(self, plan: StepPlan) -> None:
@@ -118,7 +119,7 @@ class GrammarMasks:
             began_s = self._known[key].began_s
             if job.running() and began_s is not None and time.monotonic() - began_s > OVERDUE_S:
                 failed[key] = TimeoutError(f"the grammar took longer than {OVERDUE_S:g} s")
-                self._give_up()
+                self._give_up(job)
             elif not job.done() or job.cancelled() or key in late:
                 late.add(key)
             elif (error := job.exception()) is not None:
@@ -157,7 +158,8 @@ class GrammarMasks:
         known.job = self._submit(known, ids, step.draft_ids)
 
     def _submit(self, known: _Known, ids: tuple[int, ...], drafts: tuple[int, ...]) -> Future[tuple[bytes, ...]]:
-        if self._num_stuck >= MAX_STUCK:
+        self._stuck = [job for job in self._stuck if not job.done()]
+        if len(self._stuck) >= MAX_STUCK:
             failed: Future[tuple[bytes, ...]] = Future()
             failed.set_exception(RuntimeError("too many grammars took too long on this worker"))
             return failed
@@ -172,20 +174,23 @@ class GrammarMasks:
         if matcher is None or ids[:count] != known.taken:
             matcher, count = self._start(known.grammar), 0
         known.matcher = None  # until it is known to be whole
-        matcher.advance(ids[count:])
+        for place in range(count, len(ids), PIECE):  # an ambiguous grammar may take hours for a long text
+            if time.monotonic() - known.began_s > OVERDUE_S:
+                raise TimeoutError(f"the grammar took longer than {OVERDUE_S:g} s to read what was generated")
+            matcher.advance(ids[place : place + PIECE])
         masks = [matcher.mask()]
         if drafts:
             masks += _masks_behind(matcher.copy(), drafts)
         known.matcher, known.taken = matcher, ids
         return tuple(masks)
 
-    def _give_up(self) -> None:
-        """Leave the threads to what holds them; later masks get new ones. Once for all jobs that wait for the same."""
+    def _give_up(self, job: Future[tuple[bytes, ...]]) -> None:
+        """Leave a thread to the job that holds it; later masks get new threads, once for all that waited."""
+        self._stuck.append(job)
         now_s = time.monotonic()
         if now_s - self._last_overdue_s < OVERDUE_S:
             return
         self._last_overdue_s = now_s
-        self._num_stuck += THREADS
         _log.error("a grammar holds a thread for more than %g s; its sequence ends", OVERDUE_S)
         self.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.checkpoints.adapters import change_config, save_adapter
 
-from twostroke.checkpoint.adapters.adapter import Adapter, AdapterLimits, places, read_adapter
+from twostroke.checkpoint.adapters.adapter import MAX_HEADER_BYTES, Adapter, AdapterLimits, places, read_adapter
+from twostroke.checkpoint.adapters.config import MAX_CONFIG_BYTES
 from twostroke.checkpoint.config_json import load_spec
 from twostroke.core.errors import CheckpointError
 from twostroke.model.weights.tensors import open_source
@@ -112,6 +114,7 @@ def test_the_digest_names_numbers_and_config_and_not_the_place(read: Read, saved
         ({"use_something_new": True}, "use_something_new"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"alpha_pattern": {"(q|k)_proj": 8}}, "alpha_pattern"),
         ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern"),
     ],
@@ -179,6 +182,41 @@ def test_refuses_damaged_and_pickled_files(read: Read, saved: Callable[..., Path
         read(directory)
     (directory / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="cannot be read"):
+        read(directory)
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        (b"[" * 200_000, "damaged header"),
+        (b'{"a": {"dtype": "F32", "shape": [1, 1], "data_offsets": ["a", "b"]}}', "damaged header"),
+        (b'{"a": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, true]}}', "damaged header"),
+        (b'{"a": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0]}}', "damaged header"),
+        (b"{" + b" " * MAX_HEADER_BYTES + b"}", "has a header of 1048578 bytes; 1048576 at most"),
+    ],
+    ids=["deep", "texts", "truth", "one", "large"],
+)
+def test_refuses_headers_that_are_none(header: bytes, named: str, read: Read, saved: Callable[..., Path]) -> None:
+    directory = saved(target_modules=["q_proj"])
+    (directory / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=named):
+        read(directory)
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(read: Read, saved: Callable[..., Path]) -> None:
+    directory = saved(target_modules=["q_proj"])
+    config = directory / "adapter_config.json"
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read(directory)
+    config.unlink()
+    config.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read(directory)
+    config.unlink()
+    config.write_text(" " * (MAX_CONFIG_BYTES + 1))
+    with pytest.raises(CheckpointError, match="more than 1048576 bytes"):
         read(directory)
 
 

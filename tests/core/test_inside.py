@@ -109,6 +109,42 @@ async def test_a_stream_that_ended_at_once_is_proven_by_its_end():
             await StreamCall(Ended(trailing), CLAIM, key).read()
 
 
+async def test_a_call_whose_channel_is_closed_fails_and_is_not_cancelled():
+    key, came = b"k" * 32, asyncio.Event()
+    guard = Guard(key, "the server")
+    server = grpc.aio.server(interceptors=[guard])
+
+    async def never(request: bytes, context: Any) -> bytes:
+        came.set()
+        await asyncio.Event().wait()
+        return b""
+
+    handler = grpc.unary_unary_rpc_method_handler(never)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.B", {"C": handler}),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    guard.audience = address
+    await server.start()
+    try:
+        for is_cancelled in (False, True):
+            came.clear()
+            async with asyncio.timeout(240), InsideChannel(address, key) as channel:
+                asking = asyncio.ensure_future(_asked(channel))
+                await came.wait()
+                if is_cancelled:
+                    asking.cancel()
+                await channel.close()
+                with pytest.raises(asyncio.CancelledError if is_cancelled else grpc.aio.AioRpcError) as failure:
+                    await asking
+            if not is_cancelled:
+                assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    finally:
+        await server.stop(0)
+
+
+async def _asked(channel: InsideChannel) -> bytes:
+    return await channel.unary_unary("/a.B/C")(b"")
+
+
 async def test_a_server_proves_itself_at_the_beginning_and_at_the_end_of_a_stream_without_messages():
     key = b"k" * 32
     guard = Guard(key, "the server")

@@ -315,6 +315,92 @@ def test_a_grammar_that_never_comes_ends_its_sequence_and_later_ones_get_threads
         go.set()
 
 
+def test_threads_that_were_given_up_are_bounded_and_count_until_they_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masks_file, "OVERDUE_S", 0.02)
+    monkeypatch.setattr(masks_file, "MAX_STUCK", masks_file.THREADS)
+    go = threading.Event()
+
+    def start(grammar: Grammar) -> Any:
+        if grammar.source.startswith("never"):
+            go.wait(60)
+        return COMPILER.start(grammar)
+
+    batch = Batch(start)
+    for number in range(masks_file.THREADS):
+        batch.add(SequenceKey(f"never{number}", 0), params_of({"regex": f"never{number}"}))
+    batch.run()
+    monkeypatch.setattr(masks_file, "OVERDUE_S", 60.0)
+    refused, taken = SequenceKey("refused", 0), SequenceKey("taken", 0)
+    batch.add(refused, params_of({"regex": "[a]{3}"}))
+    batch.run()
+    assert "too many grammars took too long" in str(batch.failed[refused])
+    go.set()
+    end_s = time.monotonic() + 60
+    while taken not in batch.ids or taken in batch.failed:  # the threads end when they get a core
+        assert time.monotonic() < end_s
+        batch.failed.pop(taken, None)
+        batch.add(taken, params_of({"regex": "[a]{3}"}))
+        batch.run()
+    assert text_of(batch.ids[taken]) == "aaa"
+
+
+class Laggard:
+    """A matcher that takes ids slowly, or fails at the first ones."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.taken: list[int] = []
+        self.fails = fails
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        self.taken += token_ids
+        if self.fails:
+            raise RuntimeError("planted")
+        time.sleep(0.03)
+
+    def mask(self) -> bytes:
+        return b"\xff" * (VOCAB // 8)
+
+
+def test_a_long_text_that_is_read_again_slowly_ends_in_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masks_file, "OVERDUE_S", 0.1)
+    monkeypatch.setattr(masks_file, "WAIT_S", 60.0)
+    matchers = list[Laggard]()
+
+    def start(grammar: Grammar) -> Any:
+        matchers.append(Laggard())
+        return matchers[-1]
+
+    batch, key = Batch(start), SequenceKey("long", 0)
+    batch.add(key, params_of({"regex": "x"}, max_tokens=9_000), [300] * 8_000)
+    batch.run()
+    assert isinstance(batch.failed[key], TimeoutError)
+    (matcher,) = matchers
+    assert len(matcher.taken) < 8_000
+    taken = len(matcher.taken)
+    time.sleep(0.1)
+    assert len(matcher.taken) == taken, "its thread is free"
+
+
+def test_a_matcher_that_failed_is_not_used_again():
+    matchers = list[Laggard]()
+
+    def start(grammar: Grammar) -> Any:
+        matchers.append(Laggard(fails=not matchers))
+        return matchers[-1]
+
+    masks, key = GrammarMasks(start), SequenceKey("again", 0)
+    step = SequenceStep(key, 2, (0,), (), (), True, params_of({"regex": "x"}), 2, history=History((), (1, 2)))
+    for number in range(2):
+        end_s, made = time.monotonic() + 60, None
+        while made is None or made.deferred:
+            assert time.monotonic() < end_s
+            plan = StepPlan(number, (step,))
+            masks.begin(plan)
+            made = masks.take(plan, [0])
+        assert bool(made.failed) == (number == 0)
+    assert [matcher.taken for matcher in matchers] == [[1, 2], [1, 2]]
+
+
 def test_grammars_that_waited_long_for_a_thread_are_not_overdue(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(masks_file, "OVERDUE_S", 0.5)
 

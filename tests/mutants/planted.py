@@ -78,6 +78,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         ("tests/model/test_int4_checkpoints.py", "tests/model/test_int4_ops.py"),
     ),
     "checkpoint/adapters/": ("tests/checkpoint/test_adapters.py",),
+    "checkpoint/safetensors_files": ("tests/checkpoint/test_adapters.py",),
+    "worker/adapters": ("tests/worker/test_adapters.py",),
     "checkpoint/stacked": ("tests/checkpoint/test_family_configs.py", "tests/model/test_quantised_checkpoints.py"),
     "checkpoint/quantised/mxfp4": (
         "tests/checkpoint/test_quantised_plan.py",

@@ -37,6 +37,10 @@ MUTANTS = [
         "params.max_tokens - num_generated",
     ),
     Mutant("model/sampling/masks.py", "job.result()[: same + 1]", "job.result()"),
+    Mutant("model/sampling/masks.py", "        self._stuck.append(job)\n", ""),
+    Mutant("model/sampling/masks.py", "[job for job in self._stuck if not job.done()]", "self._stuck"),
+    Mutant("model/sampling/masks.py", "        known.matcher = None  # until it is known to be whole\n", ""),
+    Mutant("model/sampling/masks.py", "if time.monotonic() - known.began_s > OVERDUE_S:", "if False:"),
     Mutant("model/sampling/masks.py", "_masks_behind(matcher.copy(), ", "_masks_behind(matcher, "),
     Mutant("engine/core.py", "                    lives.drop_drafts(sequence)\n", ""),
     Mutant(

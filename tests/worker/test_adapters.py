@@ -128,6 +128,13 @@ async def test_adapters_come_and_go_while_a_stream_runs(start_worker, make_promp
             await flow.adapters.unload("x")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x00", "a\u202eb"])
+async def test_a_name_that_cannot_be_shown_is_refused(start_worker, saved, name):
+    worker = await start_worker(Role.COMBINED, cache=EXACT, model=modules(saved, "a"))
+    with pytest.raises(InvalidRequest, match="characters that cannot be shown"):
+        await worker.adapters.load(name, str(saved["b"]))
+
+
 async def test_all_workers_load_an_adapter_or_none(start_worker, saved, tmp_path):
     async with real_cluster(start_worker) as cluster:
         await cluster.add(Role.DECODE, model={"enable_lora": True})
