@@ -34,6 +34,7 @@ from .browser import middleware_for_pages
 from .callers import Caller, KeyDoor, caller_of
 from .chunks import EVENT_ID_PARTS, USAGE_MARK, answer_to, chunks_of, events_of, first_of, wants_usage, whole
 from .failures import TidyPaths, no_such_route, refusal, typed_handler, wrong_method
+from .page import page
 from .sse import EventStream, JsonAnswer, until_disconnect
 from .structure import SLICE_BYTES, finished
 
@@ -248,6 +249,8 @@ class _Face:
         return Response(body, headers={"content-type": content_type})
 
     async def root(self, http: HttpRequest) -> Response:
+        if "text/html" in http.headers.get("accept", ""):  # a browser; Ollama's clients want the plain words
+            return page(f"{http.url.scheme}://{http.url.netloc}")
         return PlainTextResponse("Twostroke is running")
 
     async def version(self, http: HttpRequest) -> Response:

@@ -18,6 +18,7 @@ from twostroke.core.hosts import is_allowed_name, is_loopback_name, name_in
 from twostroke.core.ports import free_ports
 from twostroke.router.api.frontend import Frontend
 from twostroke.router.api.http.app import make_app
+from twostroke.router.api.http.page import page
 from twostroke.router.api.validate import Limits, authenticate
 from twostroke.router.config import RouterConfig
 from twostroke.router.keys.grants import KeyRing
@@ -253,3 +254,24 @@ def test_no_key_is_no_key_whatever_is_configured(given: str | None):
     for keys in (("",), ("None",), (KEY,)):
         with pytest.raises(Unauthenticated):
             authenticate(given, replace(limits, keys=KeyRing.of(keys)))
+
+
+# ---------------------------------------------------------------- the page
+
+
+async def test_a_browser_is_shown_how_to_ask_and_others_the_plain_words():
+    host = ("host", "localhost:8000")
+    plain = await ask(RouterConfig(), "GET", "/", [host, ("accept", "*/*")])
+    assert plain.text == "Twostroke is running"
+    shown = await ask(RouterConfig(), "GET", "/", [host, ("accept", "text/html,application/xhtml+xml,*/*;q=0.8")])
+    assert shown.headers["content-type"].startswith("text/html")
+    assert "curl http://localhost:8000/v1/chat/completions" in shown.text
+    assert '\'{"messages": [{' in shown.text
+    assert "default-src 'none'" in shown.headers["content-security-policy"]
+    assert "<script" not in shown.text
+
+
+def test_the_page_shows_no_name_as_markup():
+    shown = bytes(page("http://a<b>.example").body)
+    assert b"http://a&lt;b&gt;.example/v1" in shown
+    assert b"<b>" not in shown
