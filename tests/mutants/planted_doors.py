@@ -40,7 +40,11 @@ _INSIDE = [
     Mutant("core/inside.py", "        self._check(await self._call.initial_metadata())\n", ""),
     Mutant("core/inside.py", "        self._check(metadata)\n", ""),
     Mutant("core/inside.py", "if task is not None and task.cancelling():", "if True:"),
-    Mutant("core/inside.py", "if task is not None and task.cancelling():", "if False:"),
+    Mutant(
+        "core/inside.py",
+        "                raise\n            # grpc.aio also",
+        "                pass\n            # grpc.aio also",
+    ),
     Mutant("checkpoint/safetensors_files.py", "if length > max_bytes:", "if False:"),
     Mutant("checkpoint/safetensors_files.py", "IndexError, RecursionError) as error", "IndexError) as error"),
     Mutant("checkpoint/safetensors_files.py", "not isinstance(offsets, list) or len(offsets) != 2 or ", ""),
