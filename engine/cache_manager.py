@@ -14,6 +14,7 @@ from ..kv.spec import HASH_BLOCK_TOKENS
 from .link.messages import CacheDelta, CacheSnapshot
 from .plan import SequenceStep
 from .sequence import Sequence, Table
+from .speculation.draft_model.holdings import DraftHoldings
 from .states import StateHoldings
 from .store_ops import SwapInOp, SwapOutOp
 from .swap import SwapSpace
@@ -37,11 +38,14 @@ class KvCacheManager:
         key: bytes,
         swap: SwapSpace | None = None,
         states: StateHoldings | None = None,
+        *,
+        drafts: DraftHoldings | None = None,
     ) -> None:
         self.pool = pool
         self.prefix = prefix
         self.swap = swap  # None: no host blocks, preemption is recompute
         self.states = states  # None: the model has no recurrent layers
+        self.drafts = drafts  # None: there is no draft model
         self.residency = Residency(pool.num_blocks)
         self._key = key  # identity key of the cluster, for the chain over generated tokens
         self._delta = 0
@@ -107,11 +111,15 @@ class KvCacheManager:
             self.pool.give_back(spare)
             del sequence.blocks[-len(spare) :]
             sequence.table = None
+        if self.drafts is not None:
+            self.drafts.trim(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Give all blocks back, host blocks too; published blocks stay findable until they are evicted."""
         if self.states is not None:
             self.states.release(sequence)
+        if self.drafts is not None:
+            self.drafts.release(sequence)
         self.pool.give_back(sequence.blocks)
         sequence.blocks, sequence.table = [], None
         sequence.num_computed = sequence.num_published = 0

@@ -27,33 +27,61 @@ class StepConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: physical cores / workers")
 
 
-SPECULATIVE_METHODS = ("ngram",)
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+_OF_ONE_METHOD = {"model": "draft_model", "prompt_lookup_max": "ngram", "prompt_lookup_min": "ngram"}
 
 
 class SpeculationConfig(Section):
     """Speculative decoding: guess tokens, compute several at a time, keep the right ones. The output stays the same."""
 
     method: str | None = Field(
-        None, description="what guesses: ngram, from earlier occurrences in prompt and output; none: off"
+        None,
+        description="what guesses: ngram, from earlier occurrences in prompt and output; draft_model, a small model "
+        "with the same tokenizer; none: off, or draft_model if a model is given",
+    )
+    model: str | None = Field(
+        None, min_length=1, description="draft_model: checkpoint directory, GGUF file, hub name, or 'bundled'"
     )
     num_speculative_tokens: int = Field(4, ge=1, le=32, description="most guessed tokens per sequence and step")
     prompt_lookup_max: int = Field(4, ge=1, le=32, description="ngram: longest match that is looked for, in tokens")
     prompt_lookup_min: int = Field(2, ge=1, le=32, description="ngram: shortest match that is guessed from, in tokens")
 
+    @property
+    def draft_model(self) -> str | None:
+        """Checkpoint of the draft model; None: no model guesses."""
+        return self.model if self.method == "draft_model" else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_its_method(cls, values: object) -> object:
+        """As in vLLM, a model alone means draft_model."""
+        if isinstance(values, dict) and values.get("model") and values.get("method") is None:
+            return {**values, "method": "draft_model"}
+        return values
+
     @field_validator("method")
     @classmethod
     def _is_served(cls, method: str | None) -> str | None:
         if method is not None and method not in SPECULATIVE_METHODS:
-            raise ValueError(f"{method!r} is not served yet; use ngram, or leave speculation out")
+            raise ValueError(
+                f"{method!r} is not served yet; use {' or '.join(SPECULATIVE_METHODS)}, or leave speculation out"
+            )
         return method
 
     @model_validator(mode="after")
-    def _has_a_method(self) -> SpeculationConfig:
+    def _has_its_own_settings(self) -> SpeculationConfig:
         # What differs from the default, not what was set: members get the whole section from the launcher.
         fields = type(self).model_fields
         given = [name for name in fields if name != "method" and getattr(self, name) != fields[name].default]
         if self.method is None and given:
             raise ValueError(f"method is not given, and {', '.join(sorted(given))} needs it; give method: ngram")
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("method is draft_model, and model is not given; name the small model's checkpoint")
+        wrong = next((name for name in given if _OF_ONE_METHOD.get(name, self.method) != self.method), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{wrong} is a setting of {_OF_ONE_METHOD[wrong]}, and method is {self.method}; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

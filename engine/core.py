@@ -45,6 +45,7 @@ from .policy import Policy
 from .report import load_news
 from .scheduler import Scheduler
 from .sequence import QUEUE_STATES, PendingFinish, Sequence, SequenceState
+from .speculation.draft_model.plan import DraftPlan, DraftResult
 from .speculation.speculation import Speculation
 from .states import StateHoldings
 from .step_times import StepTimes
@@ -89,7 +90,9 @@ class EngineCore:
             assert swap is None, "states are not swapped"
             assert speculation is None, "a state cannot go back behind a wrong guess"
             states = StateHoldings(StatePool(limits.num_states, pool.block_tokens), pool.block_tokens, limits.num_seats)
-        holdings = KvCacheManager(pool, prefix, key, swap, states)
+        planner = None if speculation is None else speculation.draft_model
+        drafts = None if planner is None else planner.holdings
+        holdings = KvCacheManager(pool, prefix, key, swap, states, drafts=drafts)
         self._scheduler = Scheduler(holdings, policy, limits.max_scored_rows, speculation)
         self._lives = SequenceLifecycle(self._scheduler, frozenset(eos_ids))
         self._commands = Commands(self._lives, limits.max_model_len)
@@ -133,6 +136,23 @@ class EngineCore:
         self._lives.outbox += self._scheduler.admit()
         self._lives.collect_news()
         return self._lives.drain()
+
+    def plan_drafts(self, now_s: float) -> DraftPlan | None:
+        """What the draft model computes before the next step, if there is one: call it before `plan`, and nothing else.
+
+        Answer it by `take_drafts`, also before `plan`; a plan that is not answered gives no guesses.
+        """
+        assert not self._lives.in_step, "the last step has not been applied"
+        self._lives.holdings.residency.now_s = now_s
+        return self._scheduler.choose()
+
+    def take_drafts(self, plan: DraftPlan, result: DraftResult) -> None:
+        """Take what the draft model has computed."""
+        planner = self._scheduler.draft_model
+        assert planner is not None, "no draft model was asked"
+        planner.take(self._scheduler.by_key, plan, result)
+        self._lives.counters["draft_model_caught_up_tokens"] += plan.catch_up.num_tokens
+        self._lives.counters["draft_model_failures"] += len(result.unusable)
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or None if no sequence can run. Every plan is answered by `apply` or `fail_step`.
@@ -248,9 +268,18 @@ class EngineCore:
         self._scheduler.times = times
 
     def time_step(self, plan: StepPlan, result: StepResult, took_ms: float) -> None:
-        """Tell how long a step took, proposals included: speculation switches itself off where it does not pay."""
+        """Tell how long a step took: speculation switches itself off where it does not pay.
+
+        `took_ms` includes what the guesses took, without the draft model's catch-up.
+        """
         if self._scheduler.speculation is not None:
             self._scheduler.speculation.observe(plan, result, took_ms)
+
+    def time_catch_up(self, plan: DraftPlan, took_ms: float) -> None:
+        """Tell how long `plan.catch_up` took, which bounds the next one."""
+        planner = self._scheduler.draft_model
+        assert planner is not None, "no draft model was asked"
+        planner.catch_up.observe(plan.catch_up.num_tokens, took_ms)
 
     def is_for_peers(self, plan: StepPlan) -> bool:
         """True if a plan computes a prompt for a decode worker."""
@@ -283,9 +312,10 @@ class EngineCore:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of the pool or of host memory, the larger of both."""
+        """Number of blocks of the pool, of host memory or of the draft model's pool, the largest of them."""
         holdings = self._lives.holdings
-        return max(holdings.pool.num_blocks, holdings.swap.pool.num_blocks if holdings.swap is not None else 0)
+        others = [other.pool.num_blocks for other in (holdings.swap, holdings.drafts) if other is not None]
+        return max(holdings.pool.num_blocks, *others, 0)
 
     def check_integrity(self, among: range | None = None) -> None:
         """Prove that pool, prefix cache, promises and states agree.

@@ -24,6 +24,8 @@ def check_holdings(holdings: KvCacheManager, sequences: Collection[Sequence], am
         _check_sequence(sequence, holdings)
     if holdings.states is not None:
         holdings.states.check_integrity(sequences)
+    if holdings.drafts is not None:
+        holdings.drafts.check_integrity(sequences, among)
     pool, swap = holdings.pool, holdings.swap
     looked_at = _within(among, pool.num_blocks)
     claims = Counter(block for sequence in sequences for block in sequence.blocks if block in looked_at)

@@ -23,6 +23,7 @@ from .core import EngineCore
 from .link.messages import AdapterCommand, AdapterRefused, DropAdapter, Ended, Event, LoadAdapter, LoadNews
 from .link.thread_link import ThreadLink
 from .plan import StepPlan, StepResult
+from .speculation.draft_model.plan import DraftPlan, DraftResult, all_failed
 from .step_times import StepTimeModel
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from .turn import Store, Turn
@@ -45,6 +46,22 @@ class StepRunner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
+        ...
+
+
+class Drafter(Protocol):
+    """Computes the work of a draft model: model/drafter.py, or a replacement without weights."""
+
+    def warm_up(self) -> None:
+        """Prepare for the first step; called once, in the engine's thread."""
+        ...
+
+    def catch_up(self, plan: DraftPlan) -> frozenset[SequenceKey]:
+        """Compute `plan.catch_up`; returns the sequences whose KV is not to be used."""
+        ...
+
+    def guess(self, plan: DraftPlan) -> DraftResult:
+        """Compute `plan.guesses`."""
         ...
 
 
@@ -100,17 +117,21 @@ class Engine:
         host: HostStore | None = None,
         over_ranks: Callable[[Store], Store] | None = None,
         adapters: AdapterHost | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """`host` has as many blocks as the core's limits say; None: no swapping. `adapters` None: each is refused.
 
         `over_ranks`: makes the store of all ranks from that of rank 0. None: there is one rank.
+        `drafter`: the draft model, if the core plans for one.
         """
         self.is_broken = False  # ended by its own fault: the process should end too, and be restarted
         self._core = core
         self._runner = runner
         self._store = EngineStore(store, host)
         whole: Store = self._store if over_ranks is None else over_ranks(self._store)
-        self._turns = Turn(core, whole, link.emit, _log_refusal)
+        self._drafter = drafter
+        self._catch_up_ms = 0.0  # of the present turn
+        self._turns = Turn(core, whole, link.emit, _log_refusal, None if drafter is None else self._draft)
         self._link = link
         self._adapters = adapters
         self._clock = clock
@@ -163,6 +184,8 @@ class Engine:
         try:
             self._beat(self._clock.now_s())
             self._runner.warm_up()
+            if self._drafter is not None:
+                self._drafter.warm_up()
             self._phase = "idle"
             self._beat(self._clock.now_s())
             while not (self._core.stopped and self._core.num_live == 0):
@@ -182,7 +205,7 @@ class Engine:
                 self._turns.take(command, self._clock.now_s())
         if self._fault is not None:
             raise self._fault
-        now_s = self._clock.now_s()
+        now_s, self._catch_up_ms = self._clock.now_s(), 0.0
         plan = self._turns.plan(now_s)
         if plan is None:
             self._phase = "idle"
@@ -237,10 +260,27 @@ class Engine:
         now_s = self._clock.now_s()
         self._pace.observe(plan, (now_s - began_s) * 1000)
         self._core.set_times(self._pace.times)
-        self._core.time_step(plan, result, (now_s - (began_s if planned_s is None else planned_s)) * 1000)
+        since_s = began_s if planned_s is None else planned_s
+        self._core.time_step(plan, result, (now_s - since_s) * 1000 - self._catch_up_ms)
         self._turns.apply(plan, result, now_s)
         if self._core.num_waiting:
             self._beat(now_s)
+
+    def _draft(self, plan: DraftPlan) -> DraftResult:
+        """Let the draft model guess. If it fails, its sequences go on without guesses: no request depends on it."""
+        assert self._drafter is not None
+        try:
+            unusable = frozenset[SequenceKey]()
+            if plan.catch_up.sequences:
+                began_s = self._clock.now_s()
+                unusable = self._drafter.catch_up(plan)
+                self._catch_up_ms = (self._clock.now_s() - began_s) * 1000
+                self._core.time_catch_up(plan, self._catch_up_ms)
+            result = self._drafter.guess(plan)
+            return result._replace(unusable=result.unusable | unusable)
+        except Exception:
+            _log.exception("the draft model failed with %d sequences", len(all_failed(plan).unusable))
+            return all_failed(plan)
 
     def _one_by_one(self, plan: StepPlan) -> StepResult | None:
         """Repeat a failed step one sequence at a time, to find the sequences that fail. None: all of them fail.

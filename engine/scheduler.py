@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from collections.abc import Sequence as Series
+from typing import NamedTuple
 
 from ..core.request import SequenceKey
 from ..kv.block import BlockIdentity
@@ -31,8 +32,10 @@ from .cache_manager import Cost, KvCacheManager
 from .integrity import check_holdings
 from .link.messages import Bound, Event, NotYet, Offered, Progress, Promised, Source
 from .plan import SequenceStep, StepPlan
-from .policy import Ahead, Policy, Room, Want, bound_scored
+from .policy import Ahead, Policy, Room, StepBudget, Want, bound_scored
 from .sequence import NEXT_STATES, Sequence, SequenceState
+from .speculation.draft_model.plan import DraftPlan
+from .speculation.draft_model.planner import DraftPlanner
 from .speculation.speculation import Speculation
 from .step_times import StepTimes
 from .store_ops import StoreOp, SwapOp
@@ -40,6 +43,14 @@ from .store_ops import StoreOp, SwapOp
 _S = SequenceState
 _SEATED = (_S.PROMISED, _S.BOUND, _S.PREFILLING, _S.DECODING)
 _GIVES_BACK = (_S.BOUND, _S.PREFILLING, _S.DECODING, _S.HELD)  # these free their blocks without needing a bind
+
+
+class _Chosen(NamedTuple):
+    """Decodes of the next step."""
+
+    budget: StepBudget
+    decodes: list[Sequence]  # by rank; each has the block of its next token
+    rows: int  # for guesses, at most
 
 
 class Scheduler:
@@ -68,6 +79,12 @@ class Scheduler:
         self._swap_ops: list[SwapOp] = []  # decided by `plan`, not returned yet
         self._by_state: dict[SequenceState, dict[SequenceKey, Sequence]] = {state: {} for state in _S}
         self._next_step = 0
+        self._chosen: _Chosen | None = None  # decodes of the step that is planned next, until it is
+
+    @property
+    def draft_model(self) -> DraftPlanner | None:
+        """The planner of the draft model's work; None: no model guesses."""
+        return None if self.speculation is None else self.speculation.draft_model
 
     # ------------------------------------------------------------------ the states
 
@@ -271,17 +288,31 @@ class Scheduler:
 
     # ------------------------------------------------------------------ the step
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None if no sequence can run."""
+    def choose(self) -> DraftPlan | None:
+        """Choose the decodes of the next step; returns what a draft model must compute for them before `plan`.
+
+        No sequence may change until then.
+        """
         budget = self.policy.budget(self.count(_S.DECODING))
         rows = min(budget.max_seqs, budget.max_batch_tokens)
         # Only after a change of policy there are more decodes than rows: those that waited longest go first.
         chosen = sorted(self.within(_S.DECODING), key=lambda s: s.last_step)[:rows]
         decodes = [s for s in sorted(chosen, key=lambda s: s.rank) if s.state is _S.DECODING and self._grow(s)]
+        prompts = budget.prefill_tokens if self._by_state[_S.PREFILLING] else 0
+        rows = budget.max_batch_tokens - len(decodes) - prompts
+        self._chosen = _Chosen(budget, decodes, rows)
+        if self.speculation is None:
+            return None
+        return self.speculation.begin(decodes, rows, self.holdings, self.num_promised)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if no sequence can run."""
+        if self._chosen is None:
+            self.choose()
+        assert self._chosen is not None
+        (budget, decodes, rows), self._chosen = self._chosen, None
         drafts: dict[SequenceKey, tuple[int, ...]] = {}
-        if self.speculation is not None and decodes:
-            prompts = budget.prefill_tokens if self._by_state[_S.PREFILLING] else 0
-            rows = budget.max_batch_tokens - len(decodes) - prompts
+        if self.speculation is not None:
             drafts = self.speculation.drafts(decodes, rows, self.holdings, self.num_promised)
         steps = [self._step(s, s.num_remaining, drafts.get(s.key, ())) for s in decodes]
         num_drafts = sum([len(ids) for ids in drafts.values()])

@@ -2,6 +2,7 @@
 
     command ─▶ core.handle ─▶ say
     now     ─▶ core.tick ─▶ say ─▶ core.plan ─▶ say(core.drain) ─▶ the step ─▶ core.apply ─▶ say
+    with a draft model, before core.plan:  core.plan_drafts ─▶ the draft model ─▶ core.take_drafts
 
 `say` carries out store operations at their place in the order, handles their failures, and passes all events to the
 face in order. engine/loop.py drives it in a thread with a real store, sim/ in virtual time with a checking store.
@@ -18,6 +19,7 @@ from ..kv.spec import HASH_BLOCK_TOKENS
 from .core import EngineCore
 from .link.messages import BlocksFetched, CoreCommand, Event, KvRead, KvWritten
 from .plan import StepPlan, StepResult
+from .speculation.draft_model.plan import DraftPlan, DraftResult
 from .store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOutOp, WriteOp
 
 
@@ -50,12 +52,17 @@ class Turn:
         store: Store,
         emit: Callable[[Sequence[Event]], None],
         refused: Callable[[StoreOp, Exception | None], None],
+        draft: Callable[[DraftPlan], DraftResult] | None = None,
     ) -> None:
-        """`emit` takes events for the face; `refused` logs failed operations with the error (None: damaged data)."""
+        """`emit` takes events for the face; `refused` logs failed operations with the error (None: damaged data).
+
+        `draft` computes what the core asks of a draft model, and does not raise. None: there is no draft model.
+        """
         self._core = core
         self._store = store
         self._emit = emit
         self._refused = refused
+        self._draft = draft
 
     def take(self, command: CoreCommand, now_s: float) -> None:
         """Apply one command of the face."""
@@ -64,6 +71,10 @@ class Turn:
     def plan(self, now_s: float) -> StepPlan | None:
         """Advance time and plan the next step; its store operations are done. None: no sequence can run."""
         self._say(self._core.tick(now_s))
+        if self._draft is not None:
+            work = self._core.plan_drafts(now_s)
+            if work is not None:
+                self._core.take_drafts(work, self._draft(work))
         plan = self._core.plan(now_s)
         self._say(self._core.drain())
         return plan

@@ -51,6 +51,7 @@ class _Class:
     pause: int = _FIRST_PAUSE
     left: int = _FIRST_PAUSE  # steps until the next trial
     was_on: bool = True
+    is_counted: bool = False  # the last step was taken off `left`
 
 
 class DraftPace:
@@ -72,19 +73,25 @@ class DraftPace:
     def begins(self, num_seqs: int) -> bool:
         """Decide for the next step of decodes; call it once per step."""
         each = self._of(num_seqs)
-        if each.drafted.seen < _FIRST_STEPS or each.plain.seen < _FIRST_STEPS:
+        each.is_counted = each.drafted.seen >= _FIRST_STEPS and each.plain.seen >= _FIRST_STEPS
+        if not each.is_counted:
             return each.drafted.seen < _FIRST_STEPS
         is_on = self.is_on(num_seqs)
         if is_on != each.was_on:
             each.was_on, each.pause = is_on, _FIRST_PAUSE
             each.left = each.pause
-        each.left -= 1
-        if each.left >= 0:
-            return is_on
         if each.left <= -_TRIAL_STEPS:
             each.pause = min(2 * each.pause, _LONGEST_PAUSE)
             each.left = each.pause
+        each.left -= 1
+        if each.left >= 0:
+            return is_on
         return not is_on
+
+    def postpone(self, num_seqs: int) -> None:
+        """Do not count the step of the last `begins`: what guesses was not ready, so the step tells nothing."""
+        each = self._of(num_seqs)
+        each.left += each.is_counted
 
     def _of(self, num_seqs: int) -> _Class:
         return self._classes.setdefault((num_seqs - 1).bit_length(), _Class())

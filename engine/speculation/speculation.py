@@ -7,11 +7,14 @@ before only (model/sampling/). So the output is that of plain decoding, token fo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Series
 
 from ...core.request import SequenceKey
 from ..cache_manager import KvCacheManager
 from ..plan import StepPlan, StepResult
 from ..sequence import Sequence
+from .draft_model.plan import DraftPlan
+from .draft_model.planner import DraftPlanner
 from .drafting import Drafting
 from .length import DraftLength
 from .pace import DraftPace
@@ -21,12 +24,45 @@ from .proposer import StartProposer
 class Speculation:
     """Guesses for all sequences of one engine."""
 
-    def __init__(self, start: StartProposer, most: int) -> None:
-        """`most`: guessed tokens per sequence and step (`num_speculative_tokens`)."""
+    def __init__(self, start: StartProposer | DraftPlanner, most: int) -> None:
+        """`start` makes each sequence's proposer; or one model guesses for all.
+
+        `most`: guessed tokens per sequence and step (`num_speculative_tokens`).
+        """
         assert most >= 1, most
-        self._start = start
+        self._planner = start if isinstance(start, DraftPlanner) else None
+        self._start = start if not isinstance(start, DraftPlanner) else lambda key, params: start.start(params)
         self._most = most
         self._pace = DraftPace()
+        self._is_on = False  # in the step that is planned
+
+    @property
+    def draft_model(self) -> DraftPlanner | None:
+        """The planner of the draft model's work; None: no model guesses."""
+        return self._planner
+
+    def begin(
+        self, decodes: Series[Sequence], rows: int, holdings: KvCacheManager, num_promised: int
+    ) -> DraftPlan | None:
+        """Decide whether a step's decodes get guesses; returns what a draft model must compute for them before.
+
+        The arguments are those of `drafts`, which follows. A plan that nobody computes gives no guess.
+        """
+        self._is_on = bool(decodes) and rows > 0 and self._pace.begins(len(decodes))
+        if self._planner is None or not self._is_on:
+            return None
+        wishes: list[tuple[Sequence, int]] = []
+        for sequence in decodes:
+            most = min(rows, self._room(sequence, holdings, num_promised))
+            most = min(most, self._drafting(sequence).length.at(sequence.num_generated)) if most > 0 else 0
+            if most > 0:
+                self._planner.settle(sequence)
+                wishes.append((sequence, most))
+                rows -= most
+        plan = self._planner.plan(wishes)
+        if plan is not None and plan.catch_up.sequences:
+            self._pace.postpone(len(decodes))
+        return plan
 
     def drafts(
         self, decodes: Iterable[Sequence], rows: int, holdings: KvCacheManager, num_promised: int
@@ -35,15 +71,12 @@ class Speculation:
 
         It takes no block that is promised to a sequence (`num_promised`), and preempts none.
         """
-        decodes = list(decodes)
         drafts: dict[SequenceKey, tuple[int, ...]] = {}
-        if rows <= 0 or not self._pace.begins(len(decodes)):
+        if not self._is_on:
             return drafts
-        pool = holdings.pool
         for sequence in decodes:
-            free = max(pool.num_free - num_promised, 0)
-            room = (len(sequence.blocks) + free) * pool.block_tokens - len(sequence.tokens)
-            ids = self._propose(sequence, min(rows, room))
+            most = min(rows, self._room(sequence, holdings, num_promised))
+            ids = self._drafting(sequence).propose(sequence.tokens, sequence.num_generated, most) if most > 0 else ()
             if ids:
                 holdings.extend(sequence, len(sequence.tokens) + len(ids))
                 drafts[sequence.key] = ids
@@ -58,15 +91,16 @@ class Speculation:
         num_tokens = sum(map(len, result.tokens))
         self._pace.observe(len(plan.sequences), num_drafts, num_tokens, took_ms)
 
-    def _propose(self, sequence: Sequence, most: int) -> tuple[int, ...]:
-        """Guess at most `most` tokens, and one less than the sequence may still generate."""
-        params = sequence.params
+    def _room(self, sequence: Sequence, holdings: KvCacheManager, num_promised: int) -> int:
+        """Most tokens to guess: one less than it may still generate, and as many as free blocks hold."""
         if sequence.num_remaining != 1:
-            return ()
-        num_generated = sequence.num_generated
-        most = min(most, params.max_tokens - num_generated - 1)
-        if most <= 0:
-            return ()
+            return 0
+        pool = holdings.pool
+        free = max(pool.num_free - num_promised, 0)
+        room = (len(sequence.blocks) + free) * pool.block_tokens - len(sequence.tokens)
+        return min(room, sequence.params.max_tokens - sequence.num_generated - 1)
+
+    def _drafting(self, sequence: Sequence) -> Drafting:
         if sequence.drafting is None:
-            sequence.drafting = Drafting(self._start(sequence.key, params), DraftLength(self._most))
-        return sequence.drafting.propose(sequence.tokens, num_generated, most)
+            sequence.drafting = Drafting(self._start(sequence.key, sequence.params), DraftLength(self._most))
+        return sequence.drafting

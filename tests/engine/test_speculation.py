@@ -245,9 +245,14 @@ def speculation(most=4):
     return Speculation(lambda key, params: Counting(), most)
 
 
+def drafts_of(speculation, *arguments):
+    assert speculation.begin(*arguments) is None  # no draft model
+    return speculation.drafts(*arguments)
+
+
 def test_drafts_come_with_the_blocks_for_their_kv(holdings):
     one = decoding(holdings, "a", 13)  # 14 tokens in a block of 16
-    found = speculation(8).drafts([one], 64, holdings, 0)
+    found = drafts_of(speculation(8), [one], 64, holdings, 0)
     assert found == {one.key: (14, 15, 16, 17)}
     assert len(one.blocks) == 2
     holdings.trim(one, 14)
@@ -256,30 +261,30 @@ def test_drafts_come_with_the_blocks_for_their_kv(holdings):
 
 def test_drafts_take_no_block_that_is_promised_or_missing(holdings):
     one = decoding(holdings, "a", 13)
-    assert speculation(8).drafts([one], 64, holdings, 3) == {one.key: (14, 15)}
+    assert drafts_of(speculation(8), [one], 64, holdings, 3) == {one.key: (14, 15)}
     others = holdings.pool.take(3)
-    assert speculation(8).drafts([one], 64, holdings, 0) == {one.key: (14, 15)}
+    assert drafts_of(speculation(8), [one], 64, holdings, 0) == {one.key: (14, 15)}
     assert len(one.blocks) == 1
     holdings.pool.give_back(others)
 
 
 def test_drafts_take_the_rows_that_are_left_in_order(holdings):
     one, two = decoding(holdings, "a", 3), decoding(holdings, "b", 5)
-    assert speculation(8).drafts([one, two], 6, holdings, 0) == {one.key: (4, 5, 6, 7), two.key: (6, 7)}
-    assert speculation(8).drafts([one, two], 0, holdings, 0) == {}
+    assert drafts_of(speculation(8), [one, two], 6, holdings, 0) == {one.key: (4, 5, 6, 7), two.key: (6, 7)}
+    assert drafts_of(speculation(8), [one, two], 0, holdings, 0) == {}
 
 
 def test_the_last_token_is_never_guessed(holdings):
     for left, expected in ((1, ()), (2, (4,)), (3, (4, 5))):
         one = decoding(holdings, "a", 3, SamplingParams(max_tokens=1 + left))
-        assert speculation(8).drafts([one], 64, holdings, 0).get(one.key, ()) == expected
+        assert drafts_of(speculation(8), [one], 64, holdings, 0).get(one.key, ()) == expected
         holdings.release(one)
 
 
 def test_the_first_guess_of_a_sequence_is_one_token(holdings):
     one = decoding(holdings, "a", 3)
     one.drafting = None
-    assert speculation(8).drafts([one], 64, holdings, 0) == {one.key: (4,)}
+    assert drafts_of(speculation(8), [one], 64, holdings, 0) == {one.key: (4,)}
 
 
 def test_steps_with_prompts_are_not_measured(holdings):
@@ -291,9 +296,9 @@ def test_steps_with_prompts_are_not_measured(holdings):
     for number in range(100):
         plan = StepPlan(number, (decode._replace(draft_ids=(4, 5)), chunk))
         measured.observe(plan, StepResult(number, ((4,), ())), 1000.0)
-    assert measured.drafts([one], 64, holdings, 0)
+    assert drafts_of(measured, [one], 64, holdings, 0)
     for number in range(8):
-        drafts = measured.drafts([one], 64, holdings, 0).get(one.key, ())
+        drafts = drafts_of(measured, [one], 64, holdings, 0).get(one.key, ())
         plan = StepPlan(number, (decode._replace(draft_ids=drafts),))
         measured.observe(plan, StepResult(number, ((9,),)), 1000.0 if drafts else 1.0)
-    assert not measured.drafts([one], 64, holdings, 0)
+    assert not drafts_of(measured, [one], 64, holdings, 0)

@@ -16,9 +16,19 @@ class Room:
     """A core and a runner without a thread: steps are taken by hand."""
 
     def __init__(
-        self, runner, policy=combined_policy, num_blocks=64, speculation=None, *, bounds=None, caches=True, **limits
+        self,
+        runner,
+        policy=combined_policy,
+        num_blocks=64,
+        speculation=None,
+        *,
+        bounds=None,
+        caches=True,
+        drafter=None,
+        **limits,
     ):
         self.runner = runner
+        self.drafter = drafter
         self.pool = BlockPool(num_blocks, 16)
         limits = StepLimits(**limits)
         self.core = EngineCore(
@@ -57,11 +67,21 @@ class Room:
 
     def step(self) -> bool:
         self.hear(self.core.tick(0.0))
+        self.guess()
         plan = self.core.plan(0.0)
         if plan is not None:
             self.hear(self.core.apply(plan, self.runner.run(plan), 0.0))
         self.core.check_integrity()
         return plan is not None
+
+    def guess(self):
+        """Let the draft model compute what the core asks of it, as engine/loop.py does."""
+        work = None if self.drafter is None else self.core.plan_drafts(0.0)
+        if work is not None:
+            unusable = self.drafter.catch_up(work)
+            result = self.drafter.guess(work)
+            self.core.take_drafts(work, result._replace(unusable=result.unusable | unusable))
+            self.core.check_integrity()
 
     def run(self, *commands):
         self.send(*commands)
