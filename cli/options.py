@@ -124,7 +124,8 @@ SpeculativeConfig = Annotated[
     str | None,
     typer.Option(
         help="Speculative decoding, as JSON with vLLM's keys: "
-        '\'{"method": "ngram", "num_speculative_tokens": 4}\'. Default: off. The output is the same.'
+        '\'{"method": "ngram", "num_speculative_tokens": 4}\', or "draft_model" with "model": PATH. Default: off. '
+        "The output is the same."
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: physical cores / workers.")]
@@ -298,7 +299,7 @@ def config_from(flags: dict[str, Any]) -> Config:
     given = {SETTING_BY_FLAG[name]: value for name, value in flags.items() if name in SETTING_BY_FLAG}
     if given.get("speculation") is not None:
         given["speculation"] = _json_mapping("--speculative-config", given["speculation"])
-        if "method" not in given["speculation"]:
+        if not given["speculation"].keys() & {"method", "model"}:
             raise ConfigError('--speculative-config has no "method"; give {"method": "ngram"}, or leave the flag out')
     if given.get("router.runtime_lora"):
         given["model.enable_lora"] = True

@@ -10,6 +10,7 @@ from ..cli import options as o
 from ..cluster.config import Config
 from ..core.errors import ConfigError
 from ..core.request import Role
+from ..engine.config import SpeculationConfig
 
 ParentPid = Annotated[int | None, typer.Option(help="End when this process is no longer our parent.", hidden=True)]
 MemberOf = Annotated[str | None, typer.Option(help="Name of our deployment, for its supervisors.", hidden=True)]
@@ -79,7 +80,7 @@ def worker(
             model=settings.model,
             cache=settings.cache,
             step=settings.step,
-            speculation=settings.speculation,
+            speculation=_located_draft(settings.speculation),
             memory_bytes=memory_bytes,
             num_threads=settings.step.num_threads or max(1, machine_facts().num_cores // num_ranks),
             num_ranks=num_ranks,
@@ -99,6 +100,15 @@ def worker(
         parent_pid,
         sources,
     )
+
+
+def _located_draft(speculation: SpeculationConfig) -> SpeculationConfig:
+    """The section with the draft model's local directory, if there is one."""
+    from ..checkpoint.locate import located
+
+    if speculation.draft_model is None:
+        return speculation
+    return speculation.model_copy(update={"model": str(located(speculation.draft_model, "speculation.model"))})
 
 
 def router(

@@ -115,6 +115,8 @@ def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | No
     if config.speculation.method is not None:
         most = config.speculation.num_speculative_tokens
         out.print(f"speculation: {config.speculation.method}, at most {most} guessed tokens per sequence and step")
+    if plan.model.draft:
+        out.print(f"draft model, part of the above: {plan.model.draft}")
     out.print(f"where a request says nothing: {plan.model.sampling or 'temperature 1.0, no filters'}")
     for remark in [*(f"note: {remark}" for remark in plan.model.remarks), *settings_remarks(config)]:
         out.print(remark)

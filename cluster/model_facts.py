@@ -6,8 +6,10 @@ from ..checkpoint.locate import located, served_name
 from ..checkpoint.shards import group_sizes
 from ..core.request import Role
 from ..model.ops.device import chosen_kind, gpu_free_bytes
-from ..model.resolved import MemoryNeeds, ResolvedModel, needs_of_ranks, resolve
+from ..model.resolved import MemoryNeeds, ResolvedModel, needs_of_ranks, resolve, resolve_draft
 from ..router.api.defaults import SamplingDefaults, described
+from ..text.tokenizer import Tokenizer
+from ..worker.speculation import check_draft
 from ..worker.state_memory import refuse_beside_states, refuse_role
 from .config import Config
 from .placement import ModelFacts
@@ -31,7 +33,8 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
     if has_states and cluster.prefill and "prefill" in cluster.model_fields_set:
         refuse_role(served_name(config.model.path, config.model.name), Role.PREFILL)
     roles = (Role.PREFILL, Role.DECODE) if cluster.prefill and not has_states else (Role.COMBINED,)
-    needs = [needs_of_ranks(model, config.model, cluster.ranks_of(role)) for role in roles]
+    draft = _draft(config, model)
+    needs = [needs_of_ranks(model, config.model, cluster.ranks_of(role), draft) for role in roles]
     most = max(needs, key=lambda each: each.weight_bytes)
     return ModelFacts(
         name=served_name(config.model.path, config.model.name),
@@ -44,6 +47,8 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
         asked_max_model_len=config.model.max_model_len,
         remarks=model.spec.remarks,
         sampling=_sampling(model) if config.model.generation_config == "auto" else "",
+        draft_directory="" if draft is None else str(draft.directory),
+        draft="" if draft is None else _told(draft),
         arithmetic=f"{model.dtype}, {_rounding(model)}, {model.kernels} kernels on {kind}",
     )
 
@@ -56,12 +61,28 @@ def needs_by_ranks(config: Config, most: int) -> dict[int, MemoryNeeds]:
     """
     model = _resolved(config, most)
     sizes = [size for size in group_sizes(model.spec) if size <= most]
-    return {size: needs_of_ranks(model, config.model, size) for size in sizes}
+    draft = _draft(config, model)
+    return {size: needs_of_ranks(model, config.model, size, draft if size == 1 else None) for size in sizes}
 
 
 def _resolved(config: Config, num_gpus: int | None) -> ResolvedModel:
     kind = chosen_kind(config.model.device, len(gpu_free_bytes()) if num_gpus is None else num_gpus)
     return resolve(located(config.model.path), config.model, config.cache.dtype, kind)
+
+
+def _draft(config: Config, model: ResolvedModel) -> ResolvedModel | None:
+    """The draft model beside `model`. Raises ConfigError: its tokenizer differs; CheckpointError: it cannot be read."""
+    if config.speculation.draft_model is None:
+        return None
+    directory = located(config.speculation.draft_model, "speculation.model")
+    draft = resolve_draft(directory, config.model, config.cache.dtype, model.device)
+    check_draft(draft, Tokenizer.load(model.directory))
+    return draft
+
+
+def _told(draft: ResolvedModel) -> str:
+    kv = f"KV {draft.kv_spec.bytes_per_token:,} bytes/token"
+    return f"{draft.directory}: weights {draft.weight_bytes / 2**20:,.1f} MiB per worker, {kv}"
 
 
 def _rounding(model: ResolvedModel) -> str:

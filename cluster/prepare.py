@@ -71,6 +71,7 @@ def prepare_again(config: Config, model: ModelFacts, kernels: str) -> Config:
     """The configuration as `prepare` returned it, for a cluster that runs: nothing is checked, fetched or compiled."""
     adapters = tuple(_located_adapter(module) for module in config.model.lora_modules)
     update = {"path": model.directory, "name": model.name, "kernels": kernels, "lora_modules": adapters}
+    config = _with_draft(config, model.draft_directory) if model.draft_directory else config
     return _with_files(config.model_copy(update={"model": config.model.model_copy(update=update)}))
 
 
@@ -97,9 +98,17 @@ def _with_checkpoint(config: Config) -> Config:
         place_of_it = located(path).absolute()  # members may have another working folder
     except OSError as error:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
+    draft = config.speculation.draft_model
+    if draft is not None:
+        config = _with_draft(config, str(located(draft, "speculation.model").absolute()))
     adapters = tuple(_located_adapter(module) for module in config.model.lora_modules)
     decided = {"path": str(place_of_it), "name": served_name(path, name), "lora_modules": adapters}
     return _with_files(config.model_copy(update={"model": config.model.model_copy(update=decided)}))
+
+
+def _with_draft(config: Config, directory: str) -> Config:
+    speculation = config.speculation.model_copy(update={"model": directory})
+    return config.model_copy(update={"speculation": speculation})
 
 
 def _with_files(config: Config) -> Config:

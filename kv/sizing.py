@@ -49,7 +49,7 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
         DoesNotFit: no block fits, or none fits the swap space; the message has the arithmetic.
     """
     block_bytes = spec.bytes_per_token * block_tokens
-    num_swap_blocks = facts.swap_bytes // block_bytes
+    num_swap_blocks = facts.swap_bytes // (spec.main.bytes_per_token * block_tokens)  # a draft model's are not swapped
     if facts.swap_bytes and not num_swap_blocks:
         raise DoesNotFit(
             f"cache.swap_space is {facts.swap_bytes:,} bytes and one KV block takes {block_bytes:,}; "

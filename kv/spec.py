@@ -43,7 +43,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers with equal components: the model's own ("main"), later a draft model's or an EAGLE head's."""
+    """Layers with equal components: the model's own ("main"), or a draft model's ("draft")."""
 
     name: str
     num_layers: int

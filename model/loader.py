@@ -43,6 +43,7 @@ class RunnerOptions:
     samples: bool = True  # False: for a tensor-parallel rank whose tokens nobody reads
     graph_seqs: int = 0  # on a GPU: the largest decode step that runs as a graph
     num_states: int = 0  # of a model with recurrent layers
+    seals: bool = True  # False: the store's bytes stay in it, and nobody verifies them
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +54,20 @@ class NumericsClass:
     description: str
 
 
-def load_runner(model: ResolvedModel, options: RunnerOptions, collectives: Collectives = ONE_RANK) -> Runner:
+def load_runner(
+    model: ResolvedModel, options: RunnerOptions, collectives: Collectives = ONE_RANK, *, ops: Ops | None = None
+) -> Runner:
     """Load weights and make a store of `num_blocks` blocks. Call `warm_up` in the thread that runs the steps.
 
-    `collectives`: of a tensor-parallel group. Then weights and store are those of its rank.
+    `collectives`: of a tensor-parallel group. Then weights and store are those of its rank. `ops`: of another runner of
+    this model's dtype, quantization and kernels, in the same thread; None: its own.
 
     Raises:
         CheckpointError: the directory holds no model that is served.
         ConfigError: the kernels cannot run on this machine, or the heads cannot be split over the ranks.
     """
     directory, device = model.directory, _torch_device(model, options.gpu)
-    ops = _ops(model, device, options.num_threads)
+    ops = ops or _ops(model, device, options.num_threads)
     rank = shard_spec(model.spec, Shard(collectives.rank, collectives.size))
     weights = load_weights(cut_source(open_source(directory), rank), rank.local, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
@@ -86,6 +90,7 @@ def load_runner(model: ResolvedModel, options: RunnerOptions, collectives: Colle
         graph_seqs=graph_seqs,
         collectives=collectives,
         samples=options.samples,
+        seals=options.seals,
     )
 
 

@@ -57,8 +57,13 @@ class MemoryNeeds:
     state_bytes: int = 0  # of a sequence's recurrent state
 
 
-def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) -> MemoryNeeds:
+def needs_of_ranks(
+    model: ResolvedModel, settings: ModelConfig, num_ranks: int, draft: ResolvedModel | None = None
+) -> MemoryNeeds:
     """Needs of a worker of `num_ranks` tensor-parallel ranks. `settings`: those that `model` was resolved with.
+
+    `draft`: a draft model beside it, of a worker of one rank. Its KV is another group of the layout: a block of the
+    pool stands for one of the model and one of the draft model.
 
     Raises:
         ConfigError: the model's heads cannot be split over so many ranks; names the sizes that work. Or several ranks
@@ -69,7 +74,8 @@ def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) 
         held = model.weight_bytes + settings.adapter_bytes
         steps, states = step_bytes(model.spec, model.dtype), model.spec.state_spec
         state_bytes = 0 if states is None else states.num_bytes
-        return MemoryNeeds(held, model.kv_spec, model.max_model_len, steps, state_bytes)
+        needs = MemoryNeeds(held, model.kv_spec, model.max_model_len, steps, state_bytes)
+        return needs if draft is None else _with_draft(needs, draft)
     if settings.serves_adapters:
         raise ConfigError(
             f"adapters are to be served (model.lora_modules or enable_lora) by workers of {num_ranks} tensor-parallel "
@@ -79,6 +85,41 @@ def needs_of_ranks(model: ResolvedModel, settings: ModelConfig, num_ranks: int) 
     step = step_bytes(rank.local, model.dtype)
     of_all = StepBytes(num_ranks * step.per_token, num_ranks * step.per_row)
     return MemoryNeeds(weight_bytes, model.kv_spec.of_all_ranks(num_ranks), model.max_model_len, of_all)
+
+
+def _with_draft(needs: MemoryNeeds, draft: ResolvedModel) -> MemoryNeeds:
+    steps = step_bytes(draft.spec, draft.dtype)
+    per_token, per_row = needs.step_bytes.per_token + steps.per_token, needs.step_bytes.per_row + steps.per_row
+    return replace(
+        needs,
+        weight_bytes=needs.weight_bytes + draft.weight_bytes,
+        kv_spec=KvSpec((*needs.kv_spec.groups, replace(draft.kv_spec.main, name="draft"))),
+        step_bytes=StepBytes(per_token, per_row),
+    )
+
+
+def resolve_draft(
+    directory: Path,
+    beside: ModelConfig,
+    cache_dtype: str,
+    device: DeviceKind,
+    find: Callable[[], object] = find_compiler,
+) -> ResolvedModel:
+    """Make every choice about a draft model's numbers: dtype, quantization and kernels as for the model `beside` it.
+
+    Raises:
+        CheckpointError, ConfigError: as `resolve`, or the draft model has recurrent layers.
+    """
+    settings = ModelConfig(
+        path=str(directory), dtype=beside.dtype, quantization=beside.quantization, kernels=beside.kernels
+    )
+    draft = resolve(directory, settings, cache_dtype, device, find)
+    if draft.spec.delta is not None:
+        raise ConfigError(
+            f"speculation.model is {directory}, and {draft.spec.architecture} has recurrent layers, whose state cannot "
+            "go back behind a wrong guess; name a draft model of attention layers alone"
+        )
+    return draft
 
 
 def resolve(

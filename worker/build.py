@@ -21,8 +21,6 @@ from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
 from ..engine.policy import StepLimits, scored_rows
-from ..engine.speculation.ngram import NgramLimits, NgramProposer
-from ..engine.speculation.speculation import Speculation
 from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
@@ -48,6 +46,7 @@ from .rank_order import RankOrder
 from .rank_work import Leader, SlicedStore
 from .ranks import Ranks
 from .settings import WorkerSettings
+from .speculation import check_draft, load_guessing, refuse_ranks, resolved_draft
 from .state_memory import refuse_beside_states, refuse_role
 
 LOAD_S = 600.0  # longest time for all ranks to load a large model
@@ -93,7 +92,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
         ConfigError: a setting cannot work on this machine.
     """
-    speculation = _speculation(settings)
+    refuse_ranks(settings)
     device = resolve_device(settings.model.device, settings.gpu)
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     directory = Path(settings.model_directory)
@@ -101,10 +100,12 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     refuse_beside_states(resolved.spec, settings.model, settings.cache, settings.speculation)
     if resolved.spec.delta is not None:
         refuse_role(settings.model_name, settings.role)
-    sized = _sized(settings, resolved)
+    draft = resolved_draft(settings, kind)
+    sized = _sized(settings, resolved, draft)
     step, cache, pool_size = sized.step, sized.cache, sized.pool
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
+    check_draft(draft, tokenizer)
     # many chat models name their end of turn in the tokenizer only
     resolved = replace(resolved.ends_with(tokenizer.eos_ids), max_model_len=sized.max_model_len)
     model = _model_facts(settings, resolved)
@@ -126,6 +127,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         if ranks is not None:
             ranks.close()
         raise
+    guessing = load_guessing(settings, resolved, draft, runner, options)
     runner.serve_grammars(GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids).start)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
     roles = {
@@ -150,7 +152,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         eos_ids=model.eos_ids,
         key=key,
         roles=roles,
-        speculation=speculation,
+        speculation=None if guessing is None else guessing.speculation,
     )
     link = ThreadLink()
     facts = FaceFacts(
@@ -175,7 +177,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
     if ranks is None:
         adapters = AdapterLoader(runner, present, adapter_limits)
-        engine = Engine(core, runner, runner.store, link, clock, host=host, adapters=adapters)
+        drafter = None if guessing is None else guessing.drafter
+        engine = Engine(core, runner, runner.store, link, clock, host=host, adapters=adapters, drafter=drafter)
         return BuiltEngine(engine, link, facts, tokenizer, pool_size, read)
     sender, group = ranks.sender, ranks.group
     slices = RankSlices(model.kv_spec, group.size)
@@ -237,24 +240,6 @@ def _load_pinned(model: ResolvedModel, options: RunnerOptions, settings: WorkerS
         return own.result()
 
 
-def _speculation(settings: WorkerSettings) -> Speculation | None:
-    """Speculative decoding as configured; None: off.
-
-    Raises:
-        ConfigError: the worker has several ranks, of which only the first one samples.
-    """
-    config = settings.speculation
-    if config.method is None:
-        return None
-    if settings.num_ranks > 1:
-        raise ConfigError(
-            f"speculation.method is {config.method!r} and this worker has {settings.num_ranks} tensor-parallel ranks; "
-            "speculation is served on one rank in this release: leave one of the two out"
-        )
-    limits = NgramLimits(config.prompt_lookup_min, config.prompt_lookup_max)
-    return Speculation(lambda key, params: NgramProposer(limits), config.num_speculative_tokens)
-
-
 def _cores(settings: WorkerSettings, rank: int) -> tuple[int, ...]:
     return cores_of_rank(cores(), settings.first_core, rank, settings.num_threads)
 
@@ -278,13 +263,13 @@ def _model_facts(settings: WorkerSettings, model: ResolvedModel) -> ModelFacts:
     )
 
 
-def _sized(settings: WorkerSettings, model: ResolvedModel) -> SizedWorker:
+def _sized(settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None) -> SizedWorker:
     """What fits this device. In a cluster the plan has decided most of it before, and sends that as settings."""
     machine = machine_facts()
     available = machine.memory_bytes if model.device == "cpu" else machine.gpu_bytes[settings.gpu]
     wanted = settings.model.max_model_len
     sized = size_worker(
-        needs_of_ranks(model, settings.model, settings.num_ranks),
+        needs_of_ranks(model, settings.model, settings.num_ranks, draft),
         settings.step,
         settings.cache,
         model.device,

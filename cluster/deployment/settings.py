@@ -22,9 +22,10 @@ def digests(config: Config, salt: str) -> dict[str, str]:
     values = dict(_flat("", config.model_dump(mode="json")))
     if not has_own_key(config):
         values[_KEY] = UNSET
-    path = Path(config.model.path).expanduser()
-    if path.exists():  # a relative one means another folder elsewhere
-        values["model.path"] = str(path.absolute())
+    for name, given in (("model.path", config.model.path), ("speculation.model", config.speculation.model)):
+        path = Path(given).expanduser() if given else None
+        if path is not None and path.exists():  # a relative one means another folder elsewhere
+            values[name] = str(path.absolute())
     return {name: _digest(salt, name, value) for name, value in sorted(values.items())}
 
 

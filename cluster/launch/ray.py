@@ -210,8 +210,12 @@ class _BuildWorker:
         from ...worker.process import WorkerProcess
 
         prepare_process()
-        directory = located_on_node(self._settings.model_directory)
-        return WorkerProcess(self._settings.model_copy(update={"model_directory": str(directory)}))
+        update: dict[str, object] = {"model_directory": str(located_on_node(self._settings.model_directory))}
+        guesses = self._settings.speculation
+        if guesses.draft_model is not None:
+            draft = str(located_on_node(guesses.draft_model, "speculation.model"))
+            update["speculation"] = guesses.model_copy(update={"model": draft})
+        return WorkerProcess(self._settings.model_copy(update=update))
 
 
 def _actor(kind: type[Hosted], member: ProcessPlan, name: str, *, is_detached: bool) -> Any:

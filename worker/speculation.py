@@ -1,0 +1,101 @@
+"""Speculation of a worker as configured: who guesses, and the draft model beside the served one. Knows no socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..checkpoint.spec import ModelSpec
+from ..core.errors import ConfigError
+from ..engine.speculation.draft_model.catch_up import CatchUp
+from ..engine.speculation.draft_model.holdings import DraftHoldings
+from ..engine.speculation.draft_model.planner import DraftBounds, DraftPlanner
+from ..engine.speculation.ngram import NgramLimits, NgramProposer
+from ..engine.speculation.speculation import Speculation
+from ..kernels.cpu.build import built_library
+from ..model.drafter import ModelDrafter
+from ..model.loader import RunnerOptions, load_runner
+from ..model.resolved import DeviceKind, ResolvedModel, resolve_draft
+from ..model.runner import Runner
+from ..text.same_tokens import check_same_tokens
+from ..text.tokenizer import Tokenizer
+from .settings import WorkerSettings
+
+CATCH_UP_SHARE = 0.25  # of `step.target_ms`, for the draft model's chunks beside streams
+
+
+@dataclass(frozen=True, slots=True)
+class Guessing:
+    """What guesses in an engine."""
+
+    speculation: Speculation
+    drafter: ModelDrafter | None = None  # the draft model, if one guesses
+
+
+def refuse_ranks(settings: WorkerSettings) -> None:
+    """Refuse speculation of several ranks.
+
+    Raises:
+        ConfigError: the worker has several ranks, of which only the first one samples.
+    """
+    config = settings.speculation
+    if config.method is not None and settings.num_ranks > 1:
+        raise ConfigError(
+            f"speculation.method is {config.method!r} and this worker has {settings.num_ranks} tensor-parallel ranks; "
+            "speculation is served on one rank in this release: leave one of the two out"
+        )
+
+
+def resolved_draft(settings: WorkerSettings, kind: DeviceKind) -> ResolvedModel | None:
+    """The draft model with every choice made; its `speculation.model` is a local directory. None: no model guesses.
+
+    Raises:
+        CheckpointError, ConfigError: as `resolve_draft`.
+    """
+    directory = settings.speculation.draft_model
+    if directory is None:
+        return None
+    return resolve_draft(Path(directory), settings.model, settings.cache.dtype, kind, built_library)
+
+
+def check_draft(draft: ResolvedModel | None, tokenizer: Tokenizer) -> None:
+    """Check that a draft model has the tokens of the served model, whose `tokenizer` this is.
+
+    Raises:
+        CheckpointError: the draft model has no tokenizer.
+        ConfigError: their tokenizers differ; says in what.
+    """
+    if draft is not None:
+        check_same_tokens(tokenizer, Tokenizer.load(draft.directory), f"speculation.model is {draft.directory}")
+
+
+def load_guessing(
+    settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None, target: Runner, options: RunnerOptions
+) -> Guessing | None:
+    """Load what guesses beside the runner `target` of `model`; None: speculation is off.
+
+    `options`: those of the target. The draft model's pool has as many blocks.
+
+    Raises:
+        CheckpointError: the draft model's weights cannot be read.
+    """
+    config = settings.speculation
+    most = config.num_speculative_tokens
+    if config.method is None:
+        return None
+    if draft is None:
+        limits = NgramLimits(config.prompt_lookup_min, config.prompt_lookup_max)
+        return Guessing(Speculation(lambda key, params: NgramProposer(limits), most))
+    context = min(draft.max_model_len, model.max_model_len)
+    draft = replace(draft, spec=_with_ends(draft.spec, model.spec), max_model_len=context)
+    is_alike = (draft.dtype, draft.quantization, draft.kernels) == (model.dtype, model.quantization, model.kernels)
+    runner = load_runner(draft, replace(options, num_states=0, seals=False), ops=target.ops if is_alike else None)
+    holdings = DraftHoldings(options.num_blocks, options.block_tokens, finds_prefixes=settings.cache.prefix_caching)
+    bounds = DraftBounds(draft.max_model_len, min(draft.spec.vocab_size, model.spec.vocab_size))
+    planner = DraftPlanner(bounds, holdings, CatchUp(CATCH_UP_SHARE * settings.step.target_ms))
+    return Guessing(Speculation(planner, most), ModelDrafter(runner))
+
+
+def _with_ends(draft: ModelSpec, model: ModelSpec) -> ModelSpec:
+    """The draft model's spec with the ends of the served model: what they are decides how a token is drawn."""
+    return replace(draft, eos_ids=tuple(id_ for id_ in model.eos_ids if id_ < draft.vocab_size))
