@@ -103,6 +103,23 @@ SPEC_DRAFT_TOKENS = Metric("vllm:spec_decode_num_draft_tokens", Kind.COUNTER, "T
 SPEC_ACCEPTED_TOKENS = Metric(
     "vllm:spec_decode_num_accepted_tokens", Kind.COUNTER, "Tokens of these guesses that were right"
 )
+SPECULATION_TOKENS = Metric(
+    "twostroke_speculation_tokens",
+    Kind.COUNTER,
+    "Tokens that speculative decoding guessed, by what guessed them, and those that were right",
+    labels=("proposer", "outcome"),
+)
+PROPOSERS, OUTCOMES = ("ngram", "draft_model"), {"draft_tokens": "guessed", "accepted_tokens": "accepted"}
+DRAFT_CATCH_UP = Metric(
+    "twostroke_draft_model_caught_up_tokens",
+    Kind.COUNTER,
+    "Prompt and output tokens that the draft model computed in chunks before it could guess",
+)
+DRAFT_FAILURES = Metric(
+    "twostroke_draft_model_failures",
+    Kind.COUNTER,
+    "Sequences that went on without guesses after the draft model failed",
+)
 CORRUPTED = Metric(
     "vllm:corrupted_requests", Kind.COUNTER, "Requests that ended because a number in them was not finite"
 )
@@ -153,6 +170,8 @@ COUNTED_BY_ENGINES = {
     SPEC_DRAFTS: ("spec_decode_num_drafts",),
     SPEC_DRAFT_TOKENS: ("spec_decode_num_draft_tokens",),
     SPEC_ACCEPTED_TOKENS: ("spec_decode_num_accepted_tokens",),
+    DRAFT_CATCH_UP: ("draft_model_caught_up_tokens",),
+    DRAFT_FAILURES: ("draft_model_failures",),
     CORRUPTED: ("ended_non_finite_kv",),
     HANDOVER_FAILURES: tuple(
         f"handover_lost_{end}" for end in ("failed", "closed", "silent", "protocol", "corrupted", "transport")
@@ -286,6 +305,9 @@ REASONS = {
 def know(board: Board, *labels: str) -> None:
     """Create every series of requests and engines with the value zero, for these leading labels."""
     board.know((*OF_REQUESTS, *OF_ENGINES, *GAUGES), *labels)
+    for proposer in PROPOSERS:
+        for outcome in OUTCOMES.values():
+            board.know((SPECULATION_TOKENS,), *labels, proposer, outcome)
     for side in SIDES:
         board.know(HANDOVER_STREAMS.values(), *labels, side)
     for word in REASONS.values():
@@ -317,6 +339,9 @@ def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[st
     """Set the counts of engines since their start. A histogram with other buckets than ours is ignored."""
     for metric, names in COUNTED_BY_ENGINES.items():
         board.set(metric, *labels, value=sum(counters.get(name, 0) for name in names))
+    for proposer in PROPOSERS:
+        for field, outcome in OUTCOMES.items():
+            board.set(SPECULATION_TOKENS, *labels, proposer, outcome, value=counters.get(f"{proposer}_{field}", 0))
     for side in SIDES:
         for field, metric in HANDOVER_STREAMS.items():
             board.set(metric, *labels, side, value=counters.get(_handover_counter(side, field), 0))

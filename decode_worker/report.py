@@ -133,6 +133,7 @@ def end_message(
             cached_tokens=min(cached, len(order.prompt_ids) - order.num_emitted),
             draft_tokens=ending.event.draft_tokens,
             accepted_tokens=ending.event.accepted_tokens,
+            proposer=ending.event.proposer,
         ),
         timeline=instants_to_wire(timeline, _received_s(timeline)),
         handover=_handover(told, spec),

@@ -61,6 +61,8 @@ class SequenceLifecycle:
         self.counters["spec_decode_num_drafts"] += 1
         self.counters["spec_decode_num_draft_tokens"] += len(step.draft_ids)
         self.counters["spec_decode_num_accepted_tokens"] += num_accepted
+        self.counters[f"{sequence.drafting.name}_draft_tokens"] += len(step.draft_ids)
+        self.counters[f"{sequence.drafting.name}_accepted_tokens"] += num_accepted
         return doom, token_ids[:num_taken]
 
     def drop_drafts(self, sequence: Sequence) -> None:
@@ -106,5 +108,7 @@ def _ended(key: SequenceKey, doom: PendingFinish, sequence: Sequence | None = No
     if sequence is None:
         return Ended(key, *told)
     drafting = sequence.drafting
-    guesses = (0, 0) if drafting is None else (drafting.num_drafted, drafting.num_accepted)
+    guesses = (0, 0, "")
+    if drafting is not None and drafting.num_drafted:
+        guesses = (drafting.num_drafted, drafting.num_accepted, drafting.name)
     return Ended(key, *told, sequence.cached_tokens, sequence.preemptions, *guesses, sequence.began_s)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.spec import ModelSpec
 from ..core.errors import ConfigError
+from ..core.request import Role
 from ..engine.speculation.draft_model.catch_up import CatchUp
 from ..engine.speculation.draft_model.holdings import DraftHoldings
 from ..engine.speculation.draft_model.planner import DraftBounds, DraftPlanner
@@ -33,13 +34,13 @@ class Guessing:
 
 
 def refuse_ranks(settings: WorkerSettings) -> None:
-    """Refuse speculation of several ranks.
+    """Refuse speculation of several ranks, of which only the first one samples. A prefill worker does not guess.
 
     Raises:
-        ConfigError: the worker has several ranks, of which only the first one samples.
+        ConfigError: a worker that decodes has several ranks.
     """
     config = settings.speculation
-    if config.method is not None and settings.num_ranks > 1:
+    if config.method is not None and settings.num_ranks > 1 and settings.role is not Role.PREFILL:
         raise ConfigError(
             f"speculation.method is {config.method!r} and this worker has {settings.num_ranks} tensor-parallel ranks; "
             "speculation is served on one rank in this release: leave one of the two out"
@@ -53,7 +54,7 @@ def resolved_draft(settings: WorkerSettings, kind: DeviceKind) -> ResolvedModel 
         CheckpointError, ConfigError: as `resolve_draft`.
     """
     directory = settings.speculation.draft_model
-    if directory is None:
+    if directory is None or settings.num_ranks > 1:
         return None
     return resolve_draft(Path(directory), settings.model, settings.cache.dtype, kind, built_library)
 
@@ -81,11 +82,11 @@ def load_guessing(
     """
     config = settings.speculation
     most = config.num_speculative_tokens
-    if config.method is None:
+    if config.method is None or settings.num_ranks > 1:
         return None
     if draft is None:
         limits = NgramLimits(config.prompt_lookup_min, config.prompt_lookup_max)
-        return Guessing(Speculation(lambda key, params: NgramProposer(limits), most))
+        return Guessing(Speculation(lambda key, params: NgramProposer(limits), most, config.method))
     context = min(draft.max_model_len, model.max_model_len)
     draft = replace(draft, spec=_with_ends(draft.spec, model.spec), max_model_len=context)
     is_alike = (draft.dtype, draft.quantization, draft.kernels) == (model.dtype, model.quantization, model.kernels)
@@ -93,7 +94,7 @@ def load_guessing(
     holdings = DraftHoldings(options.num_blocks, options.block_tokens, finds_prefixes=settings.cache.prefix_caching)
     bounds = DraftBounds(draft.max_model_len, min(draft.spec.vocab_size, model.spec.vocab_size))
     planner = DraftPlanner(bounds, holdings, CatchUp(CATCH_UP_SHARE * settings.step.target_ms))
-    return Guessing(Speculation(planner, most), ModelDrafter(runner))
+    return Guessing(Speculation(planner, most, config.method), ModelDrafter(runner))
 
 
 def _with_ends(draft: ModelSpec, model: ModelSpec) -> ModelSpec:

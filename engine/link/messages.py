@@ -290,6 +290,7 @@ class Ended:
     preemptions: int = 0
     draft_tokens: int = 0  # guessed here (engine/speculation/)
     accepted_tokens: int = 0  # those of them that were right
+    proposer: str = ""  # what guessed them; empty: nothing
     began_s: float | None = field(default=None, compare=False)  # planning time of its first step, of the engine's clock
 
 

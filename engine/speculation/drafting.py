@@ -15,6 +15,7 @@ class Drafting:
 
     proposer: Proposer
     length: DraftLength
+    name: str = ""  # of the proposer, for counters and reports
     num_drafted: int = 0  # guessed tokens that a step has judged
     num_accepted: int = 0
     num_under_way: int = 0  # guessed tokens of the running step

@@ -24,15 +24,16 @@ from .proposer import StartProposer
 class Speculation:
     """Guesses for all sequences of one engine."""
 
-    def __init__(self, start: StartProposer | DraftPlanner, most: int) -> None:
+    def __init__(self, start: StartProposer | DraftPlanner, most: int, name: str = "ngram") -> None:
         """`start` makes each sequence's proposer; or one model guesses for all.
 
-        `most`: guessed tokens per sequence and step (`num_speculative_tokens`).
+        `most`: guessed tokens per sequence and step (`num_speculative_tokens`). `name`: the proposer's, for counters
+        and reports: its method in the configuration.
         """
         assert most >= 1, most
         self._planner = start if isinstance(start, DraftPlanner) else None
         self._start = start if not isinstance(start, DraftPlanner) else lambda key, params: start.start(params)
-        self._most = most
+        self._most, self._name = most, name
         self._pace = DraftPace()
         self._is_on = False  # in the step that is planned
 
@@ -102,5 +103,7 @@ class Speculation:
 
     def _drafting(self, sequence: Sequence) -> Drafting:
         if sequence.drafting is None:
-            sequence.drafting = Drafting(self._start(sequence.key, sequence.params), DraftLength(self._most))
+            sequence.drafting = Drafting(
+                self._start(sequence.key, sequence.params), DraftLength(self._most), self._name
+            )
         return sequence.drafting

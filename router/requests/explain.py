@@ -47,7 +47,11 @@ def explain_run(run: RequestState, state: str) -> dict[str, Any]:
             "cached": usage.cached_tokens,
             "completion": usage.completion_tokens,
         },
-        "speculation": {"draft_tokens": usage.draft_tokens, "accepted_tokens": usage.accepted_tokens},
+        "speculation": {
+            "proposers": sorted(run.proposers),
+            "draft_tokens": usage.draft_tokens,
+            "accepted_tokens": usage.accepted_tokens,
+        },
         "prefill_worker": _prefill_worker(run, handover),
         "decode_worker": current.decode.worker_id if current else None,
         "kv_bytes_moved": sum(report["bytes_moved"] for report in reports),

@@ -73,6 +73,7 @@ class RequestState:
         self.predicted = (0.0, 0.0)  # ms to the first token, and per later one, of its first dispatch
         self._last_token_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
+        self.proposers: set[str] = set()  # what guessed, of all dispatches: names of their methods
         self._guesses = (0, 0)  # tokens guessed by speculative decoding, and those that were right
         self._buffer = PieceBuffer(max_pieces)
 
@@ -251,6 +252,8 @@ class RequestState:
             current.fetched[source] = current.fetched.get(source, 0) + end.handover.tokens_fetched
         drafted, accepted = self._guesses
         self._guesses = drafted + end.usage.draft_tokens, accepted + end.usage.accepted_tokens
+        if end.usage.proposer:
+            self.proposers.add(end.usage.proposer)
         transfer = transfer_of(end)
         if transfer is not None:
             self.transfers.append(transfer)

@@ -81,6 +81,10 @@ def test_the_example_file_is_valid():
         ({"speculation": {"method": "ngram", "num_speculative_tokens": 33}}, ["num_speculative_tokens", "33", "32"]),
         ({"speculation": {"method": "ngram", "prompt_lookup_max": 1}}, ["prompt_lookup_min is 2", "prompt_lookup_max"]),
         ({"speculation": {"method": "ngram", "num_speculativ_tokens": 4}}, ["did you mean 'num_speculative_tokens'"]),
+        ({"speculation": {"method": "draft_model"}}, ["model is not given", "checkpoint"]),
+        ({"speculation": {"method": "ngram", "model": "x"}}, ["model is a setting of draft_model", "ngram"]),
+        ({"speculation": {"model": "x", "prompt_lookup_max": 9}}, ["prompt_lookup_max is a setting of ngram"]),
+        ({"speculation": {"model": "x"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel ranks", "draft_model"]),
         ({"speculation": {"method": "ngram"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel ranks", "ngram"]),
     ],
 )
@@ -322,6 +326,9 @@ def test_speculation_is_off_unless_it_is_asked_for_by_vllms_flag_or_by_the_envir
         *("ngram", 6),
         *(4, 2),
     )
+    named = config_from({"speculative_config": '{"model": "bundled"}'}).speculation  # as in vLLM
+    assert (named.method, named.draft_model) == ("draft_model", "bundled")
+    assert given.draft_model is None
     names = {"TWOSTROKE__SPECULATION__METHOD": "ngram", "TWOSTROKE__SPECULATION__PROMPT_LOOKUP_MIN": "3"}
     assert load_config(environment=names).speculation.prompt_lookup_min == 3
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from support.engines.draft_models import drafted
@@ -177,7 +178,7 @@ def test_a_prompt_from_a_peer_is_caught_up_in_chunks_while_tokens_go_on(runner, 
         counts.append(len(room.tokens.get("p", ())))
     assert room.tokens["p"] == plain.tokens["a"][1:]
     # 200 tokens and the new ones take 13 steps of 16, or one; each of them gives a token
-    first_guess = next(n for n, (one, two) in enumerate(zip(counts, counts[1:], strict=False)) if two - one > 1)
+    first_guess = next(n for n, (one, two) in enumerate(pairwise(counts)) if two - one > 1)
     assert first_guess == (12 if chunk == 16 else 0)
     assert counts[first_guess] == first_guess + 1
     assert room.core.counters["draft_model_caught_up_tokens"] >= 200

@@ -99,7 +99,7 @@ async def test_guesses_of_all_choices_are_told_in_usage_and_explained() -> None:
         assert (usage.draft_tokens, usage.accepted_tokens) == (36, 12)
         explained = c.flow.explain("tenant", "r1")
         assert explained is not None
-        assert explained["speculation"] == {"draft_tokens": 36, "accepted_tokens": 12}
+        assert explained["speculation"] == {"proposers": ["ngram"], "draft_tokens": 36, "accepted_tokens": 12}
         details = {"accepted_prediction_tokens": 12, "rejected_prediction_tokens": 24}
         assert usage_body(usage)["completion_tokens_details"] == details
         assert usage_body(usage, 5)["completion_tokens_details"] == {"reasoning_tokens": 5} | details

@@ -18,4 +18,4 @@ def planner_of(num_blocks=64, *, block_tokens=16, chunk=64, context=CONTEXT, voc
 
 def drafted(most=4, **sizes):
     """Speculation by a draft model; the room gives its planner a drafter."""
-    return Speculation(planner_of(**sizes), most)
+    return Speculation(planner_of(**sizes), most, "draft_model")

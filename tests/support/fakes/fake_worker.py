@@ -254,6 +254,7 @@ class FakeWorker:
                 cached_tokens=16 * order.choice,
                 draft_tokens=3 * self.behaviour.guesses,
                 accepted_tokens=self.behaviour.guesses,
+                proposer="ngram" if self.behaviour.guesses else "",
             ),
             timeline=[
                 common_pb2.Instant(name="received", since_seen_ns=0),
