@@ -35,7 +35,7 @@ def load_news(scheduler: Scheduler, counters: Mapping[str, int], num_steps: int,
         prefill_ms_per_token=0.0,
         prefill_ms_per_token_pair=0.0,
         decode_step_ms=0.0,
-        counters=tuple(sorted({**counters, **_preemptions(scheduler), **_states(scheduler)}.items())),
+        counters=tuple(sorted({**counters, **_preemptions(scheduler), **_others(scheduler)}.items())),
         waiting_for_peer=scheduler.count(*_FOR_PEER),
         waiting_for_room=scheduler.count(*_FOR_ROOM),
         spreads=(("iteration_tokens", step_tokens.spread), *holdings.residency.spreads),
@@ -56,9 +56,11 @@ def _preemptions(scheduler: Scheduler) -> dict[str, int]:
     return counters
 
 
-def _states(scheduler: Scheduler) -> dict[str, int]:
-    """Counts of recurrent states, of a model that has some."""
-    states = scheduler.holdings.states
+def _others(scheduler: Scheduler) -> dict[str, int]:
+    """Counts of a draft model's blocks and of recurrent states, where there are some."""
+    states, drafts = scheduler.holdings.states, scheduler.holdings.drafts
+    if drafts is not None:
+        return {"draft_blocks": drafts.pool.num_blocks, "draft_blocks_in_use": drafts.pool.num_live}
     if states is None:
         return {}
     pool = states.pool

@@ -290,7 +290,8 @@ def all_free() -> Callable[..., Awaitable[float]]:
             load = worker.dispatcher.last_load
             if worker.dispatcher.num_owned or load is None or load.free_blocks < load.total_blocks:
                 return False
-            return not dict(load.counters).get("swap_blocks_in_use")  # a load may be told while all are swapped out
+            told = dict(load.counters)  # a load may be told while all are swapped out
+            return not told.get("swap_blocks_in_use") and not told.get("draft_blocks_in_use")
 
         while not all(is_free(worker) for worker in workers):
             assert loop.time() - began_s < timeout_s, [
