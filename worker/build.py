@@ -127,7 +127,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         if ranks is not None:
             ranks.close()
         raise
-    guessing = load_guessing(settings, resolved, draft, runner, options)
+    decided = settings.model_copy(update={"step": step, "cache": cache})
+    guessing = load_guessing(decided, resolved, draft, runner, options)
     runner.serve_grammars(GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids).start)
     limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
     roles = {

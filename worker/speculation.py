@@ -75,13 +75,13 @@ def load_guessing(
 ) -> Guessing | None:
     """Load what guesses beside the runner `target` of `model`; None: speculation is off.
 
-    `options`: those of the target. The draft model's pool has as many blocks.
+    `settings` with the decided step and cache. `options`: of the target; the draft model's pool has as many blocks.
 
     Raises:
         CheckpointError: the draft model's weights cannot be read.
     """
     config = settings.speculation
-    most = config.num_speculative_tokens
+    step, most = settings.step, config.num_speculative_tokens
     if config.method is None or settings.num_ranks > 1:
         return None
     if draft is None:
@@ -93,7 +93,7 @@ def load_guessing(
     runner = load_runner(draft, replace(options, num_states=0, seals=False), ops=target.ops if is_alike else None)
     holdings = DraftHoldings(options.num_blocks, options.block_tokens, finds_prefixes=settings.cache.prefix_caching)
     bounds = DraftBounds(draft.max_model_len, min(draft.spec.vocab_size, model.spec.vocab_size))
-    planner = DraftPlanner(bounds, holdings, CatchUp(CATCH_UP_SHARE * settings.step.target_ms))
+    planner = DraftPlanner(bounds, holdings, CatchUp(CATCH_UP_SHARE * step.target_ms, step.max_num_batched_tokens))
     return Guessing(Speculation(planner, most, config.method), ModelDrafter(runner))
 
 

@@ -181,6 +181,10 @@ def test_chunks_follow_their_measured_times_within_bounds():
     assert catch_up.tokens == MOST_TOKENS
     catch_up.observe(100, 0.0)
     assert catch_up.tokens == MOST_TOKENS
+    small = CatchUp(20.0, 32)  # steps of 32 tokens
+    assert small.tokens == 32
+    small.observe(32, 0.1)
+    assert small.tokens == 32
 
 
 def measured(pace, gain):

@@ -8,6 +8,7 @@ import planted_api
 import planted_certificates
 import planted_discovery
 import planted_doors
+import planted_draft_model
 import planted_engine
 import planted_fetching
 import planted_gpu
@@ -103,7 +104,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_ENGINE,
     ),
     "engine/step_times": ("tests/engine/test_step_times.py",),
-    "engine/speculation/": ("tests/engine/test_speculation.py",),
+    "engine/speculation/draft_model/": ("tests/engine/test_draft_model.py",),
+    "engine/speculation/": ("tests/engine/test_speculation.py", "tests/engine/test_draft_model.py"),
+    "model/drafter": ("tests/engine/test_draft_model_engine.py",),
+    "text/same_tokens": ("tests/text/test_same_tokens.py",),
     "engine/lifecycle": (*_ENGINE, "tests/engine/test_speculation_engine.py", "tests/engine/test_grammar_engine.py"),
     "engine/core": (*_ENGINE, "tests/engine/test_speculation_engine.py", "tests/engine/test_grammar_engine.py"),
     "model/runner": ("tests/engine/test_speculation_engine.py",),
@@ -122,7 +126,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/turn": ("tests/engine/test_turn.py", *_ENGINE, "tests/engine/test_swap.py"),
     "engine/swap": (*_ENGINE, "tests/engine/test_swap.py"),
     "engine/integrity": (*_ENGINE, "tests/engine/test_engine_lives.py"),
-    "engine/cache_manager": (*_ENGINE, "tests/engine/test_cache_manager.py", "tests/engine/test_states.py"),
+    "engine/cache_manager": (
+        *_ENGINE,
+        "tests/engine/test_cache_manager.py",
+        "tests/engine/test_states.py",
+        "tests/engine/test_draft_model.py",
+    ),
     "engine/scheduler": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_states.py"),
     "engine/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "engine/report": ("tests/engine/test_report.py",),
@@ -271,6 +280,7 @@ MUTANTS = [
     *planted_scaling.MUTANTS,
     *planted_adoption.MUTANTS,
     *planted_speculation.MUTANTS,
+    *planted_draft_model.MUTANTS,
     *planted_models.MUTANTS,
     *planted_states.MUTANTS,
     *planted_fetching.MUTANTS,

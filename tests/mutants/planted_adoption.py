@@ -18,7 +18,7 @@ MUTANTS = [
     Mutant("cluster/deployment/adoption.py", "return not is_asked if is_served else is_adopted", "return not is_asked"),
     Mutant("cluster/deployment/settings.py", "        values[_KEY] = UNSET\n", "        pass\n"),
     Mutant("cluster/deployment/settings.py", "before.keys() | now.keys()", "before.keys() & now.keys()"),
-    Mutant("cluster/deployment/settings.py", 'values["model.path"] = str(path.absolute())', "pass"),
+    Mutant("cluster/deployment/settings.py", "values[name] = str(path.absolute())", "pass"),
     Mutant("cluster/deployment/settings.py", "json.dumps([name, value]", "json.dumps([value]"),
     Mutant(
         "cluster/deployment/processes.py",

@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant("engine/speculation/speculation.py", "                rows -= len(ids)\n", ""),
     Mutant(
         "engine/speculation/speculation.py",
-        "params.max_tokens - num_generated - 1",
-        "params.max_tokens - num_generated",
+        "sequence.params.max_tokens - sequence.num_generated - 1",
+        "sequence.params.max_tokens - sequence.num_generated",
     ),
     Mutant("model/sampling/masks.py", "job.result()[: same + 1]", "job.result()"),
     Mutant("model/sampling/masks.py", "        self._stuck.append(job)\n", ""),

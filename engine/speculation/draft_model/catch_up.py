@@ -14,9 +14,10 @@ _GROWTH = 2.0  # per chunk, because the time of a small one says little about a 
 class CatchUp:
     """Bound of one step's chunk."""
 
-    def __init__(self, share_ms: float) -> None:
-        self.tokens = FIRST_TOKENS  # most of the next step, of all sequences
-        self._share_ms = share_ms
+    def __init__(self, share_ms: float, most: int = MOST_TOKENS) -> None:
+        """`most`: tokens of the largest chunk, e.g. of the largest step."""
+        self.tokens = min(FIRST_TOKENS, most)  # most of the next step, of all sequences
+        self._share_ms, self._most = share_ms, min(most, MOST_TOKENS)
         self._ms_per_token: float | None = None
 
     def observe(self, num_tokens: int, took_ms: float) -> None:
@@ -24,5 +25,5 @@ class CatchUp:
         new = took_ms / num_tokens
         known = self._ms_per_token
         self._ms_per_token = new if known is None else _FADE * known + (1 - _FADE) * new
-        fits = self._share_ms / self._ms_per_token if self._ms_per_token > 0 else float(MOST_TOKENS)
-        self.tokens = int(max(LEAST_TOKENS, min(fits, _GROWTH * self.tokens, MOST_TOKENS)))
+        fits = self._share_ms / self._ms_per_token if self._ms_per_token > 0 else float(self._most)
+        self.tokens = int(max(LEAST_TOKENS, min(fits, _GROWTH * self.tokens, self._most)))
