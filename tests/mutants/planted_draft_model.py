@@ -32,7 +32,9 @@ MUTANTS = [
     Mutant(_CATCH_UP, "_GROWTH * self.tokens, ", ""),
     Mutant(_CATCH_UP, "max(LEAST_TOKENS, ", "max(1, "),
     Mutant("engine/speculation/pace.py", "        each.left += each.is_counted\n", "        each.left += 1\n"),
-    Mutant("engine/speculation/pace.py", "each.left += each.is_counted", "pass"),
+    Mutant(
+        "engine/speculation/pace.py", "        each = self._of(num_seqs)\n        each.left += each.is_counted\n", ""
+    ),
     Mutant("engine/cache_manager.py", "            self.drafts.release(sequence)\n", "            pass\n"),
     Mutant("model/drafter.py", "num_generated=step.num_generated + 1, ", ""),
     Mutant("model/drafter.py", "(*history.output_ids, *sampled)", "history.output_ids"),
