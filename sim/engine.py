@@ -23,6 +23,7 @@ from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.keys import PromptHasher
 from .cells import mix
+from .draft_model import DraftModel
 from .invariants import check_core, check_deadlines, check_promises, check_travelled
 from .setting import DOMAINS, Setting, WorkerSetting
 from .store import EOS, VOCABULARY, Known, Ledger, Store
@@ -70,8 +71,11 @@ class Engine:
             swap_damage=setting.swap_damage,
         )
         limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
-        speculation = None
-        if setting.num_speculative:
+        speculation, drafts = None, None
+        if setting.num_speculative and setting.draft_blocks:
+            drafts = DraftModel(world, self.store, setting, worker.block_tokens)
+            speculation = Speculation(drafts.planner, setting.num_speculative, "draft_model")
+        elif setting.num_speculative:
             start = partial(Guesses, self.store, setting.right_guesses)
             speculation = Speculation(start, setting.num_speculative)
         self.core = EngineCore(
@@ -83,7 +87,8 @@ class Engine:
             key=IDENTITY_KEY,
             speculation=speculation,
         )
-        self._turns = Turn(self.core, self.store, self._emit, self._refused)
+        draft = None if drafts is None else drafts.draft
+        self._turns = Turn(self.core, self.store, self._emit, self._refused, draft)
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self._world = world
         self._process = process

@@ -83,5 +83,7 @@ def check_drained(who: str, core: EngineCore, pool: BlockPool) -> None:
         raise Violation("K1", f"{who}: after the drain {core.load(0.0).promised_blocks} blocks are promised")
     if dict(core.load(0.0).counters).get("swap_blocks_in_use"):
         raise Violation("K1", f"{who}: after the drain host blocks are live")
+    if dict(core.load(0.0).counters).get("draft_blocks_in_use"):
+        raise Violation("K1", f"{who}: after the drain draft blocks are live")
     if pool.num_live or pool.allocated_total != pool.freed_total:
         raise Violation("K1", f"{who}: after the drain {pool.num_live} blocks are live")

@@ -103,6 +103,8 @@ class Setting:
     swap_damage: float  # probability that a copy in host memory is damaged
     num_speculative: int  # most guessed tokens per sequence and step; 0: none
     right_guesses: float  # probability that a guessed token is right
+    draft_blocks: int  # of a draft model that guesses, per worker; 0: guesses come from the core itself
+    draft_chunk: int  # tokens that a draft model catches up per step
     message_bytes: int  # largest message of a worker to its router
     echo: float  # probability that a router's message to a worker arrives once more, much later
     stray: float  # probability that a message of an older dispatch precedes one of a hand-over, under its number
@@ -139,6 +141,7 @@ def draw(seed: int) -> Setting:
     workers = tuple(replace(worker, num_rings=rings.choice(MAX_RINGS)) for worker in workers)
     return_s = random.Random(f"return {seed}").choice((0.0, 0.0, 3.0))  # separate too
     guesses = random.Random(f"guesses {seed}")  # separate too
+    drafts = random.Random(f"drafts {seed}")  # separate too
     setting = Setting(
         weather=_bearable_weather(rng) if is_bearable else _weather(rng),
         timing=Lease(beat_s, beat_s * rng.choice((2.5, 4.0))),
@@ -155,6 +158,8 @@ def draw(seed: int) -> Setting:
         swap_damage=swap.choice((0.0, 0.0, swap.random() * 0.5)),
         num_speculative=guesses.choice((0, 0, 1, 4, 20)),
         right_guesses=guesses.choice((0.5, 0.9, 1.0)),
+        draft_blocks=drafts.choice((0, 0, 4, 24)),
+        draft_chunk=drafts.choice((3, 16, 200)),
         message_bytes=late.choice((8, 1 << 20)),
         echo=late.choice((0.0, 0.0, late.random())),
         stray=_rate(late, 0.2),

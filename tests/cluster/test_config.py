@@ -84,7 +84,7 @@ def test_the_example_file_is_valid():
         ({"speculation": {"method": "draft_model"}}, ["model is not given", "checkpoint"]),
         ({"speculation": {"method": "ngram", "model": "x"}}, ["model is a setting of draft_model", "ngram"]),
         ({"speculation": {"model": "x", "prompt_lookup_max": 9}}, ["prompt_lookup_max is a setting of ngram"]),
-        ({"speculation": {"model": "x"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel ranks", "draft_model"]),
+        ({"speculation": {"model": "x"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel", "draft_model"]),
         ({"speculation": {"method": "ngram"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel ranks", "ngram"]),
     ],
 )

@@ -47,6 +47,8 @@ def test_guesses_are_for_the_tokens_that_they_follow():
         ((7, 8, 9, 4), 5),  # all right: the KV of the last one is not computed
         ((7,), 3),  # right and not checked: one token is left to guess from
         ((7, 8), 4),
+        ((4, 5), 3),  # not checked for two steps, and wrong
+        ((7, 5, 6), 4),
     ],
 )
 def test_the_kv_of_right_guesses_counts(came, computed):
@@ -161,6 +163,21 @@ def test_what_is_not_usable_is_given_back_for_good():
 def test_its_draws_are_the_targets_without_what_only_an_answer_needs():
     params = replace(PARAMS, logprobs=3, prompt_logprobs=2, seed=4, temperature=0.5)
     assert planner_of().start(params).params == replace(PARAMS, seed=4, temperature=0.5)
+
+
+def test_a_found_prefix_leaves_the_last_token_to_guess_from():
+    planner = planner_of()
+    one = sequence_of("a", 33, planner)
+    planner.take({one.key: one}, planner.plan([(one, 1)]), DraftResult(((5,),)))
+    one.tokens.append(6)
+    planner.settle(one)
+    planner.holdings.release(one)
+    for length, found in ((32, 16), (33, 32), (16, 0)):
+        two = sequence_of("b", length, planner)
+        plan = planner.plan([(two, 1)])
+        assert proposer_of(two).num_computed == found
+        assert plan.guesses.sequences[-1].token_ids[-1] == length - 1
+        planner.holdings.release(two)
 
 
 # ------------------------------------------------------------------ chunks and trials

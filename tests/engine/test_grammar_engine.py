@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.engines.draft_models import drafted
 from support.engines.sampling_room import Room, ids_of, submit
 from support.fakes.guesses import guessing
 
 from twostroke.core.errors import InternalError, InvalidRequest
 from twostroke.core.request import FinishReason, Grammar, SamplingParams
 from twostroke.engine.link.messages import Ended, PeerBound, Progress, Source
+from twostroke.model.drafter import ModelDrafter
 from twostroke.prefill_worker.policy import prefill_policy
 from twostroke.text.grammar import GrammarFailed
 
@@ -197,3 +199,18 @@ def test_a_late_mask_gives_back_the_blocks_of_its_guesses(make_room):
         num_late += num_tokens == 16
     assert num_late > 1  # the first guess would have filled the second block
     assert room.tokens["g"] == plain
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_guesses_of_a_draft_model_change_no_token_of_a_grammar(make_room, write_tiny, make_runner, patience: int):
+    """It does not ask the grammar: two of three of its guesses are forbidden."""
+    params = replace(PARAMS, max_tokens=40, logit_bias=((40, 3.0), (41, 3.0), (42, 3.0)))
+    work = [submit(f"a{n}", ids_of(20, n), params) for n in range(3)]
+    plain = make_room().run(*work)
+    drafter = ModelDrafter(make_runner(write_tiny({}), dtype="float32", kv_dtype="float32"))
+    room = make_room(patience, speculation=drafted(3), drafter=drafter).run(*work)
+    for command in work:
+        assert told(room, command.key.request_id) == told(plain, command.key.request_id)
+    counters = room.core.counters
+    assert 0 < counters["draft_model_accepted_tokens"] < counters["draft_model_draft_tokens"]
+    assert room.core._scheduler.draft_model.holdings.pool.num_live == 0

@@ -8,7 +8,10 @@ import pytest
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.core.errors import ConfigError
 from twostroke.kernels.cpu.build import NativeUnavailable
-from twostroke.model.resolved import ResolvedModel, resolve
+from twostroke.kv.sizing import MemoryFacts, size_pool
+from twostroke.model.resolved import ResolvedModel, needs_of_ranks, resolve, resolve_draft
+
+MIB = 1 << 20
 
 
 def native() -> None:
@@ -49,3 +52,30 @@ def test_a_tokenizers_end_tokens_are_added_as_far_as_the_model_has_them(
     found = model.ends_with([*known, size - 1, size, size + 1, size - 1]).spec.eos_ids
     assert found == (*dict.fromkeys((*known, size - 1)),)
     assert model.spec.eos_ids == known
+
+
+def test_a_draft_models_weights_and_kv_are_part_of_what_a_worker_needs(family_directory: Callable[[str], Path]) -> None:
+    settings = ModelConfig()
+    model = resolve(family_directory("qwen3"), settings, "auto", "cpu", native)
+    draft = resolve_draft(family_directory("phi3"), settings, "auto", "cpu", native)
+    alone, both = needs_of_ranks(model, settings, 1), needs_of_ranks(model, settings, 1, draft)
+    assert both.weight_bytes == alone.weight_bytes + draft.weight_bytes
+    assert [group.name for group in both.kv_spec.groups] == ["main", "draft"]
+    assert both.kv_spec.bytes_per_token == model.kv_spec.bytes_per_token + draft.kv_spec.bytes_per_token
+    assert both.step_bytes.per_token > alone.step_bytes.per_token
+    facts = MemoryFacts(64 * MIB, 0, swap_bytes=8 * MIB)
+    pools = [size_pool(needs.kv_spec, 16, None, 1.0, facts) for needs in (alone, both)]
+    assert pools[0].num_blocks > pools[1].num_blocks
+    assert pools[0].num_swap_blocks == pools[1].num_swap_blocks  # the draft model's blocks are not swapped
+
+
+def test_a_draft_model_has_the_arithmetic_of_the_model_beside_it(family_directory: Callable[[str], Path]) -> None:
+    beside = ModelConfig.model_validate({"quantization": "int8", "dtype": "bfloat16", "max_model_len": 64})
+    draft = resolve_draft(family_directory("qwen3"), beside, "bfloat16", "cpu", native)
+    assert (draft.quantization, draft.dtype, draft.codec) == ("int8", "bfloat16", "bfloat16")
+    assert draft.max_model_len == draft.spec.max_model_len
+
+
+def test_a_draft_model_with_recurrent_layers_is_refused_by_name(family_directory: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"speculation.model is .*recurrent layers"):
+        resolve_draft(family_directory("qwen3-next"), ModelConfig(), "auto", "cpu", native)

@@ -28,7 +28,6 @@ MUTANTS = [
     Mutant(_HOLDINGS, "min(proposer.num_computed, num_named)", "num_named"),
     Mutant(_HOLDINGS, "            self.pool.give_back(spare)\n", ""),
     Mutant(_HOLDINGS, "            self.pool.give_back(proposer.blocks)\n", ""),
-    Mutant(_HOLDINGS, "            proposer.num_published = num_full\n", ""),
     Mutant(_CATCH_UP, "_GROWTH * self.tokens, ", ""),
     Mutant(_CATCH_UP, "max(LEAST_TOKENS, ", "max(1, "),
     Mutant("engine/speculation/pace.py", "        each.left += each.is_counted\n", "        each.left += 1\n"),
