@@ -23,10 +23,9 @@ from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.keys import PromptHasher
 from .cells import mix
-from .draft_model import DraftModel
 from .invariants import check_core, check_deadlines, check_promises, check_travelled
 from .setting import DOMAINS, Setting, WorkerSetting
-from .store import EOS, VOCABULARY, Known, Ledger, Store
+from .store import EOS, VOCABULARY, DraftModel, DraftSetting, Known, Ledger, Store
 from .world import Process, Timer, World
 
 IDENTITY_KEY = b"sim"
@@ -73,7 +72,9 @@ class Engine:
         limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
         speculation, drafts = None, None
         if setting.num_speculative and setting.draft_blocks:
-            drafts = DraftModel(world, self.store, setting, worker.block_tokens)
+            rates = setting.right_guesses, setting.step_failure
+            drawn = DraftSetting(setting.draft_blocks, setting.draft_chunk, *rates)
+            drafts = DraftModel(world, self.store, drawn, worker.block_tokens)
             speculation = Speculation(drafts.planner, setting.num_speculative, "draft_model")
         elif setting.num_speculative:
             start = partial(Guesses, self.store, setting.right_guesses)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -17,6 +18,10 @@ from tokenizers import decoders, models
 from ..core.request import SamplingParams, SequenceKey
 from ..decode_worker.choice import ChoiceText
 from ..engine.plan import SequenceStep, StepPlan, StepResult
+from ..engine.speculation.draft_model.catch_up import CatchUp
+from ..engine.speculation.draft_model.holdings import DraftHoldings
+from ..engine.speculation.draft_model.plan import DraftPlan, DraftResult, all_failed
+from ..engine.speculation.draft_model.planner import DraftBounds, DraftPlanner
 from ..engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
 from ..kv.cache.pool import BlockPool
 from ..kv.section import HeldTokens, SectionData
@@ -29,6 +34,7 @@ from .world import World
 
 VOCABULARY = 61
 EOS = 0
+DRAFT_CONTEXT = 1 << 20  # tokens of the draft model
 LETTERS = "ab"  # of the texts, which so often hold a stop string or half of one
 _HALF_CHARACTERS = ("\u00c3", "\u00a4")  # in a byte-level vocabulary the two bytes of U+00E4
 
@@ -170,6 +176,57 @@ class Store:
         """Return whether planes that leave this worker are the cells of their tokens."""
         cells = self.known[key].cells[token_start : token_start + len(planes) // CELL_BYTES]
         return np.array(cells, np.uint64).tobytes() == planes
+
+
+class DraftSetting(NamedTuple):
+    """A worker's draft model."""
+
+    num_blocks: int
+    chunk: int  # tokens that it catches up per step
+    right: float  # probability that a guessed token is right
+    failure: float  # probability that a call fails
+
+
+class DraftModel:
+    """A worker's draft model: right at a rate, in blocks of its own, failing like steps. Called by engine/turn.py."""
+
+    def __init__(self, world: World, store: Store, setting: DraftSetting, block_tokens: int) -> None:
+        holdings = DraftHoldings(setting.num_blocks, block_tokens)
+        catch_up = CatchUp(1.0)
+        catch_up.tokens = setting.chunk
+        self.planner = DraftPlanner(DraftBounds(DRAFT_CONTEXT, VOCABULARY), holdings, catch_up)
+        self._world = world
+        self._store = store
+        self._setting = setting
+        self._cells = CellStore(block_tokens, holdings.pool)
+
+    def draft(self, plan: DraftPlan) -> DraftResult:
+        """Compute a plan. One that fails has written all of its rows before."""
+        for step in plan.catch_up.sequences:
+            self._compute(step)
+        guesses = [self._guess(step, most) for step, most in zip(plan.guesses.sequences, plan.lengths, strict=True)]
+        if self._world.chance(self._setting.failure):
+            return all_failed(plan)
+        return DraftResult(tuple(guesses))
+
+    def _compute(self, step: SequenceStep) -> int:
+        """Check the cells before a step's rows, and write theirs; returns the last one."""
+        known = self._store.known[step.key]
+        self._cells.check_prefix(_held(step, 0, step.start), known.cells)
+        before = known.cells[step.start - 1] if step.start else domain_cell(known.domain)
+        cells = cells_after(before, step.token_ids)
+        self._cells.write(_held(step, step.start, step.end), cells)
+        return cells[-1]
+
+    def _guess(self, step: SequenceStep, most: int) -> tuple[int, ...]:
+        last, rate = self._compute(step), self._setting.right
+        tokens = [*self._store.known[step.key].tokens[: step.end - 1], step.token_ids[-1]]
+        right = self._store.guess(step.key, tokens, step.params.seed, most)
+        luck = [mix(step.end + place, tokens[-1]) % 1000 < 1000 * rate for place in range(most)]
+        guessed = [(id_ if is_right else id_ + 1) % VOCABULARY for id_, is_right in zip(right, luck, strict=True)]
+        computed = guessed[:-1]
+        self._cells.write(_held(step, step.end, step.end + len(computed)), cells_after(last, computed))
+        return tuple(guessed)
 
 
 def _held(op: SequenceStep | StoreOp, start: int, end: int) -> HeldTokens:
