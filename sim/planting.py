@@ -103,7 +103,7 @@ def guessing(setting: Setting) -> Setting:
     """Long answers, which may end anywhere, guessed many tokens at a time; nine of ten are right."""
     setting = _crowded(setting)
     orders = tuple(replace(order, sampling=replace(order.sampling, ignore_eos=False)) for order in setting.orders)
-    return replace(setting, orders=orders, num_speculative=20, right_guesses=0.9)
+    return replace(setting, orders=orders, num_speculative=20, right_guesses=0.9, draft_blocks=0)
 
 
 def overpromising(setting: Setting) -> Setting:
