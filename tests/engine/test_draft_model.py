@@ -87,7 +87,7 @@ def test_a_short_lag_is_computed_in_the_call_that_guesses():
 
 
 def test_a_long_lag_is_caught_up_in_chunks_that_all_share_in_order():
-    planner = planner_of(chunk=40)
+    planner = planner_of(chunk=40, caches=False)
     one, two = sequence_of("a", 50, planner), sequence_of("b", 30, planner)
     both = {one.key: one, two.key: two}
     plan = planner.plan([(one, 2), (two, 2)])
@@ -104,6 +104,22 @@ def test_a_long_lag_is_caught_up_in_chunks_that_all_share_in_order():
         (two.key, 29, (29,)),
     ]
     assert plan.catch_up.step < plan.guesses.step
+
+
+def test_what_two_sequences_lack_is_computed_once():
+    planner = planner_of(chunk=200)
+    one, two, other = sequence_of("a", 40, planner), sequence_of("b", 44, planner), sequence_of("c", 40, planner)
+    other.identities = other.identities[:0]  # another prompt
+    wishes = [(one, 1), (two, 1), (other, 1)]
+    plan = planner.plan(wishes)
+    assert [step.key for step in plan.catch_up.sequences] == [one.key, other.key]
+    assert proposer_of(two).blocks == []
+    planner.take({s.key: s for s, _ in wishes}, plan, DraftResult(((5,), (5,))))
+    for sequence, _ in wishes:
+        planner.settle(sequence)
+    plan = planner.plan(wishes)
+    assert [(step.key, step.start) for step in plan.catch_up.sequences] == [(two.key, 32)]
+    assert proposer_of(two).blocks[:2] == proposer_of(one).blocks[:2]
 
 
 def test_block_tables_cover_the_rows_of_the_guesses_and_no_more():
@@ -151,7 +167,7 @@ def test_ids_that_only_one_model_has_are_not_computed_and_not_guessed():
 
 
 def test_what_is_not_usable_is_given_back_for_good():
-    planner = planner_of()
+    planner = planner_of(caches=False)
     one, two = sequence_of("a", 8, planner), sequence_of("b", 30, planner)
     plan = planner.plan([(one, 4), (two, 4)])
     assert all_failed(plan).unusable == {one.key, two.key}

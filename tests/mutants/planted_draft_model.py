@@ -28,6 +28,12 @@ MUTANTS = [
     Mutant(_HOLDINGS, "min(proposer.num_computed, num_named)", "num_named"),
     Mutant(_HOLDINGS, "            self.pool.give_back(spare)\n", ""),
     Mutant(_HOLDINGS, "            self.pool.give_back(proposer.blocks)\n", ""),
+    Mutant(_PLANNER, "        begun.add(lacking)\n", ""),
+    Mutant(
+        _PLANNER,
+        "                    self.holdings.release(sequence)\n                    continue\n",
+        "                    continue\n",
+    ),
     Mutant(_CATCH_UP, "_GROWTH * self.tokens, ", ""),
     Mutant(_CATCH_UP, "max(LEAST_TOKENS, ", "max(1, "),
     Mutant("engine/speculation/pace.py", "        each.left += each.is_counted\n", "        each.left += 1\n"),

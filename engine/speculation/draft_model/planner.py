@@ -1,8 +1,9 @@
 """Work of the draft model before each step: whose KV it computes, and for whom it guesses. Pure.
 
 Sequences come in the order of their rank. One that lags by more than `DIRECT_TOKENS` catches up in chunks first, and
-gets no guess meanwhile; what is less is computed in the call that guesses. A sequence without room in the draft model's
-pool or context gets no guess.
+gets no guess meanwhile; what is less is computed in the call that guesses. Of sequences that lack the same block (the
+choices of one prompt) the first computes it, and the others find it afterwards. A sequence without room in the draft
+model's pool or context gets no guess.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from ....core.request import SamplingParams, SequenceKey
+from ....kv.block import BlockIdentity
+from ....kv.spec import HASH_BLOCK_TOKENS
 from ...plan import History, SequenceStep, StepPlan
 from ...sequence import Sequence
 from .catch_up import CatchUp
@@ -58,7 +61,7 @@ class DraftPlanner:
         chunks: list[SequenceStep] = []
         guesses: list[SequenceStep] = []
         lengths: list[int] = []
-        left = self.catch_up.tokens
+        left, begun = self.catch_up.tokens, set[BlockIdentity]()
         for sequence, wish in wishes:
             proposer = proposer_of(sequence)
             assert proposer is not None, f"{sequence.key} has no state of the draft model"
@@ -68,6 +71,9 @@ class DraftPlanner:
                 continue
             start = proposer.num_computed
             if known - start > DIRECT_TOKENS:
+                if self._is_begun(sequence, start, begun):
+                    self.holdings.release(sequence)
+                    continue
                 end = min(start + left, known - 1)
                 if end > start:
                     chunks.append(self._step(sequence, proposer, start, end, end))
@@ -100,6 +106,17 @@ class DraftPlanner:
             self._give_up(sequence, proposer)
             return False
         return self.holdings.covers(proposer, num_tokens)
+
+    def _is_begun(self, sequence: Sequence, start: int, begun: set[BlockIdentity]) -> bool:
+        """True if another sequence of this plan computes the block that this one lacks; else this one does."""
+        index = start // HASH_BLOCK_TOKENS
+        if not self.holdings.prefix.enabled or index >= len(sequence.identities):
+            return False
+        lacking = sequence.identities[index]
+        if lacking in begun:
+            return True
+        begun.add(lacking)
+        return False
 
     def _computed(self, sequence: Sequence, step: SequenceStep, result: DraftResult) -> ModelProposer:
         proposer = proposer_of(sequence)
