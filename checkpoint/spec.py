@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..kv.spec import CODEC_NAMES, KvSpec, StateSpec, attention_spec, mla_spec
+from ..kv.windows import windowed_layers
 
 DType = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "int8"]
@@ -219,7 +220,8 @@ class ModelSpec:
     def kv_spec(self, codec: str) -> KvSpec:
         """Layout of one token in the KV cache. `codec`: a value of `--kv-cache-dtype` other than auto."""
         shape, codec_id = self.attention, CODEC_NAMES[codec]
-        num_layers = sum(layer.mixer == "attention" for layer in self.layers)
+        windows = [layer.window for layer in self.layers if layer.mixer == "attention"]
+        num_layers, windowed = len(windows), windowed_layers(windows)
         if isinstance(shape, LatentAttention):
-            return mla_spec(num_layers, shape.latent_width, shape.rope_width, codec_id)
-        return attention_spec(num_layers, shape.num_kv_heads, shape.head_dim, codec_id)
+            return mla_spec(num_layers, shape.latent_width, shape.rope_width, codec_id).with_windowed(windowed)
+        return attention_spec(num_layers, shape.num_kv_heads, shape.head_dim, codec_id).with_windowed(windowed)

@@ -20,6 +20,7 @@ from ..kv.handover.frames import Frame, WireError, decode_envelope
 from ..kv.handover.machine import Action, AskBlocks, Close, Fetched, Write
 from ..kv.messages import scope_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.windows import lacks_windows
 from ..protos import handover_pb2
 from .pull import KvPullTools
 
@@ -97,7 +98,8 @@ class KvFetch:
             frame = _frame_of(envelope)
         except WireError:
             return None  # `_take` comes to it in its turn
-        holds = partial(verify_frame, frame, self._tools.digest_key, self._tools.kv_spec)
+        windows_from = self.fetch.wanted.end_token  # the machine decides what is of use without windowed layers
+        holds = partial(verify_frame, frame, self._tools.digest_key, self._tools.kv_spec, windows_from)
         return Check(holds, len(envelope), partial(self._judge, frame, len(envelope)))
 
     def _take(self, envelope: bytes | None) -> None:
@@ -123,6 +125,7 @@ class KvFetch:
             is_last=header.last,
             is_intact=is_intact,
             num_bytes=num_bytes,
+            lacks_windows=lacks_windows(frame.sections, self.fetch.wanted.windowed),
         )
         self._frame = frame
         self._carrier.do(self.fetch.on_frame(arrived, self._host.now_s()))
@@ -140,6 +143,7 @@ class KvFetch:
                     **scope_to_wire(self._order.scope),
                     request_id=self._order.key.request_id,
                     choice=self._order.key.choice,
+                    only_windows=self.fetch.wanted.windowed is not None,
                 )
                 self._host.send(request.SerializeToString())
             case Write(_, token_start, token_count):

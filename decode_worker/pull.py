@@ -139,7 +139,7 @@ class KvPull:
             return None
         tools = self._tools
         size_bytes = len(envelope) + (0 if frame.slot is None else len(frame.planes))
-        holds = partial(verify_frame, frame, tools.digest_key, tools.kv_spec)
+        holds = partial(verify_frame, frame, tools.digest_key, tools.kv_spec, self.receiver.windows_from)
         return Check(holds, size_bytes, partial(self._judge, frame, size_bytes))
 
     def _decoded(self, envelope: bytes) -> handover_pb2.HandoverDown | Frame:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..kv.block import BlockIdentity
 from ..kv.handover.fetching import FetchEnd, Wanted
-from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.spec import HASH_BLOCK_TOKENS, WindowedLayers
 
 MOST_SOURCES = 4  # of one order that are asked
 MOST_LEFT_TOKENS = 64 + HASH_BLOCK_TOKENS  # left after a fetch: less is computed here even if a prefill worker would
@@ -47,9 +47,9 @@ class SourceLine:
         most = max((source.num_blocks for source in self._waiting), default=0)
         return min(most, len(self._findable)) * HASH_BLOCK_TOKENS > held_tokens
 
-    def wanted(self, held_tokens: int, numerics_class: bytes | None) -> Wanted:
+    def wanted(self, held_tokens: int, numerics_class: bytes | None, windowed: WindowedLayers | None = None) -> Wanted:
         """What to ask it for: all blocks after `held_tokens`, since it may have more than the router knows."""
-        return Wanted(self._findable[held_tokens // HASH_BLOCK_TOKENS :], held_tokens, numerics_class)
+        return Wanted(self._findable[held_tokens // HASH_BLOCK_TOKENS :], held_tokens, numerics_class, windowed)
 
     def ended(self, end: str) -> None:
         """The fetch from the last source is over."""

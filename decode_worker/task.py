@@ -33,6 +33,7 @@ from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
 from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.windows import windows_from
 from ..protos import handover_pb2
 from .choice import ChoiceText
 from .fetch import FetchHost, KvFetch
@@ -207,7 +208,10 @@ class DecodeTask:
             return
         order, pull, model = self.order, self._tools.pull, self._tools.facts.model
         now_s = pull.clock.now_s()
-        wanted = self._sources.wanted(self._held_tokens, model.numerics_class if model.deterministic else None)
+        windowed = model.kv_spec.main.windowed
+        wanted = self._sources.wanted(
+            self._held_tokens, model.numerics_class if model.deterministic else None, windowed
+        )
         fetch = BlockFetch(wanted, pull.timing.silence_s, self._deadline_s, now_s)
         host = self._tools.connect_source(order.engine_key, source.address, max(0.001, self._deadline_s - now_s))
 
@@ -277,6 +281,7 @@ class DecodeTask:
             shared_memory=None if ring is None else ring.memory.offer(),
             required_transport=facts.transport.required,
             tensor_parallel_size=facts.num_ranks,
+            windows_from=windows_from(facts.model.kv_spec.main.windowed, self._held_tokens, len(order.prompt_ids)),
         )
 
     def bind_wanted(self) -> None:

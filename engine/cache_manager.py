@@ -11,6 +11,7 @@ from ..kv.cache.pool import BlockPool
 from ..kv.cache.prefix import PrefixCache
 from ..kv.cache.residency import Residency
 from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.windows import furthest_start
 from .link.messages import CacheDelta, CacheSnapshot
 from .plan import SequenceStep
 from .sequence import Sequence, Table
@@ -86,9 +87,20 @@ class KvCacheManager:
             if not self.prefix.enabled:
                 sequence.wanted_states.clear()
         sequence.blocks, sequence.table = self.prefix.acquire(findable), None
+        self._note_lacking(sequence)
         sequence.num_computed = len(sequence.blocks) * self.pool.block_tokens
         sequence.num_published = len(sequence.blocks)
         self.residency.found(sequence.blocks)
+
+    def _note_lacking(self, sequence: Sequence) -> None:
+        span = self.pool.block_tokens // HASH_BLOCK_TOKENS
+        lacking = (i for i, block in enumerate(sequence.blocks) if self.prefix.lacks_windows(block))
+        sequence.lacking = {number for i in lacking for number in range(i * span, (i + 1) * span)}
+
+    def furthest_start(self, sequence: Sequence, num_tokens: int) -> int:
+        """Most of the first `num_tokens` tokens, in whole hash blocks, after which computing may begin."""
+        num_blocks = num_tokens // HASH_BLOCK_TOKENS
+        return furthest_start(self.prefix.windowed, num_blocks, sequence.lacking) * HASH_BLOCK_TOKENS
 
     def extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Take the missing blocks that cover `num_tokens` tokens. All or nothing.
@@ -124,6 +136,7 @@ class KvCacheManager:
         sequence.blocks, sequence.table = [], None
         sequence.num_computed = sequence.num_published = 0
         sequence.written.clear()
+        sequence.lacking.clear()
         if self.swap is not None:
             self.swap.drop(sequence)
 
@@ -138,7 +151,7 @@ class KvCacheManager:
         start, end = shared * self.pool.block_tokens, sequence.num_computed
         if self.swap is None or end <= start or not self.swap.accepts(end - start, self.blocks_for(end) - shared):
             return None
-        table, swapped = self.table(sequence, end), self.swap.put(start, end)
+        table, swapped = self.table(sequence, end), self.swap.put(start, end, sequence.lacking)
         self.release(sequence)
         sequence.swapped, sequence.num_computed = swapped, end
         return SwapOutOp(sequence.key, start, end - start, *table, *self.swap.table(swapped))
@@ -159,6 +172,7 @@ class KvCacheManager:
         if not swapped.start <= found < swapped.end:
             return None
         sequence.num_computed = swapped.end
+        sequence.lacking |= {number for number in swapped.lacking if number * HASH_BLOCK_TOKENS >= found}
         table = self.table(sequence, swapped.end)
         return SwapInOp(sequence.key, found, swapped.end - found, *table, *host)
 
@@ -175,7 +189,9 @@ class KvCacheManager:
             sequence.identities += chain(self._key, link, fresh)
         identities = sequence.identities[:num_hashed]
         root = sequence.identity_root
-        sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published, root)
+        span = self.pool.block_tokens // HASH_BLOCK_TOKENS
+        lacking = {number // span for number in sequence.lacking}
+        sequence.blocks = self.prefix.publish(identities, sequence.blocks, sequence.num_published, root, lacking)
         self.residency.published(sequence.blocks[sequence.num_published : num_full])
         sequence.table = None
         sequence.num_published = num_full

@@ -12,6 +12,7 @@ from ..core.errors import ContextLengthExceeded, DeadlineExceeded, InternalError
 from ..core.request import FinishReason
 from ..kv.block import BlockId
 from ..kv.spec import HASH_BLOCK_TOKENS
+from ..kv.windows import furthest_start, lacks_windows
 from .lifecycle import SequenceLifecycle
 from .link.messages import (
     Bind,
@@ -23,6 +24,7 @@ from .link.messages import (
     PeerBound,
     PeerNotYet,
     PrefillLocally,
+    Reading,
     ReadKv,
     Release,
     Source,
@@ -135,7 +137,12 @@ class Commands:
         inside = sequence.cached_tokens <= start < end <= sequence.num_prompt
         if sequence.state is not _S.BOUND or not aligned or not inside:
             return False
-        sequence.written.update(range(start // HASH_BLOCK_TOKENS, -(-end // HASH_BLOCK_TOKENS)))
+        hash_blocks = range(start // HASH_BLOCK_TOKENS, -(-end // HASH_BLOCK_TOKENS))
+        sequence.written.update(hash_blocks)
+        if lacks_windows(command.sections, self._lives.holdings.prefix.windowed):
+            sequence.lacking.update(hash_blocks)
+        else:
+            sequence.lacking.difference_update(hash_blocks)
         while sequence.num_computed // HASH_BLOCK_TOKENS in sequence.written:
             sequence.num_computed = min(sequence.num_computed + HASH_BLOCK_TOKENS, sequence.num_prompt)
             if sequence.num_computed == sequence.num_prompt:
@@ -176,8 +183,10 @@ class Commands:
         elif sequence.state is _S.BOUND:
             kept = max(min(kept_tokens, sequence.num_computed), sequence.cached_tokens)
             kept = min(kept, sequence.num_skippable)
-            sequence.num_computed = kept - kept % HASH_BLOCK_TOKENS
+            sequence.num_computed = self._lives.holdings.furthest_start(sequence, kept)
             sequence.written.clear()
+            first = sequence.num_computed // HASH_BLOCK_TOKENS  # from here on all layers are computed
+            sequence.lacking = {number for number in sequence.lacking if number < first}
             self._lives.holdings.publish(sequence)
             self._lives.scheduler.move(sequence, _S.PREFILLING)
         elif sequence.state is _S.PROMISED:
@@ -215,26 +224,34 @@ class Commands:
             self._lives.outbox.append(KvRead(command.key, command.token_start, command.token_count, None))
             return
         table = self._lives.holdings.table(sequence, end)
-        self._lives.outbox.append(ReadOp(command.key, command.token_start, command.token_count, *table, command.into))
+        place = command.key, command.token_start, command.token_count
+        self._lives.outbox.append(ReadOp(*place, *table, command.into, command.without_windows))
 
     def fetch(self, command: FetchBlocks) -> None:
-        """Read the planes of the longest leading part of a chain that is held here."""
+        """Read the planes of the longest leading part of a chain that is held here, or count its blocks."""
         holdings = self._lives.holdings
         block_tokens, start = holdings.pool.block_tokens, command.first_token
         blocks: list[BlockId] = [BlockId(0)] * (max(start, 0) // block_tokens)
-        end = start
+        end, lacking = start, set[int]()
         for identity in command.identities if start >= 0 and start % HASH_BLOCK_TOKENS == 0 else ():
             block = holdings.prefix.locate(identity)
             if block is None or not holdings.prefix.is_of(block, command.root):
                 break
+            if holdings.prefix.lacks_windows(block):
+                if command.how is Reading.ALL:
+                    break
+                lacking.add(end // HASH_BLOCK_TOKENS)
             # If two blocks share their first hash block, use the one that also holds the later hash blocks.
             blocks[end // block_tokens :] = [block]
             end += HASH_BLOCK_TOKENS
-        if end == start:
-            self._lives.outbox.append(BlocksFetched(command.fetch_id, 0, ()))
+        if command.how is Reading.NOTHING:
+            furthest = furthest_start(holdings.prefix.windowed, end // HASH_BLOCK_TOKENS, lacking)
+            end = max(start, furthest * HASH_BLOCK_TOKENS)
+        if end == start or command.how is Reading.NOTHING:
+            self._lives.outbox.append(BlocksFetched(command.fetch_id, (end - start) // HASH_BLOCK_TOKENS, ()))
             return
-        table = holdings.table_of(blocks)
-        self._lives.outbox.append(FetchOp(command.fetch_id, start, end - start, *table))
+        table, without = holdings.table_of(blocks), command.how is Reading.WITHOUT_WINDOWS
+        self._lives.outbox.append(FetchOp(command.fetch_id, start, end - start, *table, without))
 
 
 def _is_sealed(sequence: Sequence, start: int, end: int) -> bool:

@@ -86,7 +86,8 @@ class EngineStore:
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
         """Implements `Store.read`."""
-        return self._store.read_tokens(_held(op), op.into if isinstance(op, ReadOp) else None)
+        into = op.into if isinstance(op, ReadOp) else None
+        return self._store.read_tokens(_held(op), into, without_windows=op.without_windows)
 
     def write(self, op: WriteOp) -> None:
         """Implements `Store.write`."""

@@ -99,6 +99,7 @@ class Swapped(NamedTuple):
     end: int
     blocks: tuple[BlockId, ...]
     generations: tuple[int, ...]
+    lacking: frozenset[int] = frozenset()  # hash blocks without their windowed layers
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +129,7 @@ class Sequence:
     preemptions: int = 0
     last_step: int = -1  # last step that computed it
     written: set[int] = field(default_factory=set)  # BOUND: hash blocks whose KV arrived
+    lacking: set[int] = field(default_factory=set)  # hash blocks whose KV is without its windowed layers
     swapped: Swapped | None = None  # SWAPPED: `num_computed` is its end
     wants_bind: bool = False
     has_begun: bool = False  # Promised (LOCAL) or the first Progress (FOR_PEER) was sent

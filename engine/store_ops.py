@@ -25,6 +25,7 @@ class ReadOp:
     block_table: tuple[BlockId, ...]  # of the sequence, from its first token on
     generations: tuple[int, ...]
     into: PlaneBuffer | None = None  # memory for the planes; None: new memory
+    without_windows: bool = False  # of the full layers only (kv/windows.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class FetchOp:
     token_count: int
     block_table: tuple[BlockId, ...]  # indexed like a sequence's; entries before `token_start` are invalid
     generations: tuple[int, ...]
+    without_windows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

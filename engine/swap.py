@@ -53,11 +53,15 @@ class SwapSpace:
             return False
         return True
 
-    def put(self, start: int, end: int) -> Swapped:
-        """Take host blocks for tokens [start, end); `start` must be the beginning of a block."""
+    def put(self, start: int, end: int, lacking: Collection[int] = ()) -> Swapped:
+        """Take host blocks for tokens [start, end); `start` must be the beginning of a block.
+
+        `lacking`: hash blocks of the sequence without their windowed layers.
+        """
         skipped = start // self.pool.block_tokens
         blocks = self.pool.take(-(-end // self.pool.block_tokens) - skipped)
-        return Swapped(start, end, tuple(blocks), tuple([self.pool.generation(block) for block in blocks]))
+        generations = tuple([self.pool.generation(block) for block in blocks])
+        return Swapped(start, end, tuple(blocks), generations, frozenset(lacking))
 
     def table(self, swapped: Swapped) -> Table:
         """The host blocks, indexed like a sequence's; entries before `swapped.start` are invalid."""

@@ -9,7 +9,7 @@ Slices of `handover/shards.py` say which rank gives which layers and heads; hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .handover.shards import Slice, plan_slices, rank_specs
 from .section import PlaneBuffer, SectionData
 from .spec import HASH_BLOCK_TOKENS, Component, KvSpec
+from .windows import layer_runs
 
 U8 = NDArray[np.uint8]
 
@@ -43,39 +44,40 @@ class RankSlices:
     def packed(self, rank: int, sections: Sequence[SectionData], num_tokens: int) -> U8:
         """A rank's part of a range: the layers and heads that it gives, one plane behind the other.
 
-        `sections`: of all its heads, as its store reads them.
+        `sections`: of all its heads, as its store reads them, with or without the windowed layers.
         """
         out = np.zeros(self.packed_bytes(num_tokens), np.uint8)
-        own = {section.component: section for section in sections}
         end = 0
         for piece in self._given[rank]:
-            section = own[piece.component]
             first_head = _named(self.ranks[rank], piece.component).first_head
-            place = _place(piece, first_head)
-            for plane in (section.payload, section.scales, section.digests):
-                if plane is not None:
-                    flat = np.ascontiguousarray(plane[place]).reshape(-1).view(np.uint8)
-                    out[end : end + len(flat)] = flat
-                    end += len(flat)
+            for section, place in _parts(piece, sections, first_head):
+                for plane in (section.payload, section.scales, section.digests):
+                    if plane is not None:
+                        flat = np.ascontiguousarray(plane[place]).reshape(-1).view(np.uint8)
+                        out[end : end + len(flat)] = flat
+                        end += len(flat)
         return out
 
-    def joined(self, parts: Sequence[U8], num_tokens: int, into: PlaneBuffer | None = None) -> tuple[SectionData, ...]:
-        """Sections of the whole model, one per component, from the packed parts of all ranks.
+    def joined(
+        self, parts: Sequence[U8], num_tokens: int, into: PlaneBuffer | None = None, *, without_windows: bool = False
+    ) -> tuple[SectionData, ...]:
+        """Sections of the whole model from the packed parts of all ranks: per component, one or one per run of layers.
 
-        `into` receives the planes: per component, payload before scales.
+        `into` receives the planes: per section, payload before scales.
         """
-        whole = {c.name: _empty(c, self._spec.main.num_layers, num_tokens, into) for c in self._spec.main.components}
+        runs = layer_runs(self._spec.main, without_windows=without_windows)
+        whole = [_empty(component, run, num_tokens, into) for component in self._spec.main.components for run in runs]
         for given, part in zip(self._given, parts, strict=True):
             end = 0
             for piece in given:
-                section, place = whole[piece.component], _place(piece, 0)
-                for plane in (section.payload, section.scales, section.digests):
-                    if plane is not None:
-                        target = plane[place]
-                        flat = part[end : end + target.nbytes]
-                        plane[place] = flat.view(plane.dtype).reshape(target.shape)
-                        end += target.nbytes
-        return tuple(whole.values())
+                for section, place in _parts(piece, whole, 0):
+                    for plane in (section.payload, section.scales, section.digests):
+                        if plane is not None:
+                            target = plane[place]
+                            flat = part[end : end + target.nbytes]
+                            plane[place] = flat.view(plane.dtype).reshape(target.shape)
+                            end += target.nbytes
+        return tuple(whole)
 
     def taken_apart(self, sections: Iterable[SectionData]) -> list[tuple[SectionData, ...]]:
         """Each rank's part of sections of the whole model, as its store takes them. Arrays are views."""
@@ -99,8 +101,8 @@ def _size(component: Component, piece: Slice, num_tokens: int) -> int:
     return rows * (num_tokens * row_bytes + 8 * -(-num_tokens // HASH_BLOCK_TOKENS))
 
 
-def _empty(component: Component, num_layers: int, num_tokens: int, into: PlaneBuffer | None) -> SectionData:
-    shape = (num_layers, component.heads, num_tokens)
+def _empty(component: Component, layers: range, num_tokens: int, into: PlaneBuffer | None) -> SectionData:
+    shape = (len(layers), component.heads, num_tokens)
     has_scales = component.bytes_per_token > component.heads * component.row_bytes
 
     def plane(*dimensions: int) -> U8:
@@ -109,8 +111,8 @@ def _empty(component: Component, num_layers: int, num_tokens: int, into: PlaneBu
     return SectionData(
         group="main",
         component=component.name,
-        layer_start=0,
-        layer_count=num_layers,
+        layer_start=layers.start,
+        layer_count=len(layers),
         head_start=0,
         head_count=component.heads,
         codec=component.codec,
@@ -148,9 +150,15 @@ def _common(start: int, count: int, other: range) -> range:
     return range(max(start, other.start), min(start + count, other.stop))
 
 
-def _place(piece: Slice, first_head: int) -> tuple[slice, slice]:
+def _parts(
+    piece: Slice, sections: Iterable[SectionData], first_head: int
+) -> Iterator[tuple[SectionData, tuple[slice, slice]]]:
+    """The sections that have layers of a slice, and the place of these layers and of the slice's heads in them."""
     heads = slice(piece.heads.start - first_head, piece.heads.stop - first_head)
-    return slice(piece.layers.start, piece.layers.stop), heads
+    for section in sections:
+        layers = _common(section.layer_start, section.layer_count, piece.layers)
+        if section.component == piece.component and layers:
+            yield section, (slice(layers.start - section.layer_start, layers.stop - section.layer_start), heads)
 
 
 def _named(spec: KvSpec, name: str) -> Component:

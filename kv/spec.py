@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest, for every physical block size
@@ -42,12 +42,25 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowedLayers:
+    """Layers whose queries see the last `tokens` tokens only: the largest of their windows. `windows.py` plans with it.
+
+    At least one layer of a group is none of them: if all have windows, the first one counts as a full layer.
+    """
+
+    layers: tuple[int, ...]  # numbers in the cache, ascending
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGroup:
     """Layers with equal components: the model's own ("main"), or a draft model's ("draft")."""
 
     name: str
     num_layers: int
     components: tuple[Component, ...]
+    # Says which bytes are needed, not how they lie: two caches that differ in it alone have the same layout.
+    windowed: WindowedLayers | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes_per_token(self) -> int:
@@ -91,6 +104,10 @@ class KvSpec:
             components = tuple(replace(component, heads=component.heads * size) for component in group.components)
             groups.append(replace(group, components=components))
         return KvSpec(tuple(groups))
+
+    def with_windowed(self, windowed: WindowedLayers | None) -> KvSpec:
+        """The same layout of a model whose own layers have these windows."""
+        return KvSpec((replace(self.main, windowed=windowed), *self.groups[1:]))
 
     def fingerprint(self) -> bytes:
         """16-byte hash of the spec."""

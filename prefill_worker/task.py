@@ -235,7 +235,8 @@ class PrefillTask:
         """Have the engine read planes, into their slot if they have one."""
         slot = self._slots.get((token_start, token_count))
         into = None if slot is None or self.memory is None else PlaneBuffer(self.memory.slot(slot))
-        self._tools.dispatcher.send(link.ReadKv(self.key, token_start, token_count, into))
+        without = self.sender.leaves_out_windows(token_start, token_count)
+        self._tools.dispatcher.send(link.ReadKv(self.key, token_start, token_count, without, into))
 
     def _close_memory(self) -> None:
         if self.memory is not None:

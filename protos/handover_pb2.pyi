@@ -120,6 +120,7 @@ class Open(_message.Message):
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     REQUIRED_TRANSPORT_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
+    WINDOWS_FROM_FIELD_NUMBER: _builtins.int
     held_tokens: _builtins.int
     """leading tokens whose KV decode already holds: a multiple of 16, never the whole prompt"""
     isolation_domain: _builtins.str
@@ -140,6 +141,8 @@ class Open(_message.Message):
     """of planes: "grpc" or "shm"; empty: any. Refused where it cannot be had"""
     tensor_parallel_size: _builtins.int
     """of decode; 0: one"""
+    windows_from: _builtins.int
+    """layers with a sliding window may be left out of frames of tokens before it: a multiple of 16"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -175,10 +178,11 @@ class Open(_message.Message):
         shared_memory: Global___SharedMemory | None = ...,
         required_transport: _builtins.str = ...,
         tensor_parallel_size: _builtins.int = ...,
+        windows_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "windows_from", b"windows_from", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -646,6 +650,7 @@ class FetchRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    ONLY_WINDOWS_FIELD_NUMBER: _builtins.int
     first_token: _builtins.int
     """place of the first one in its sequence"""
     layer_start: _builtins.int
@@ -662,6 +667,8 @@ class FetchRequest(_message.Message):
     request_id: _builtins.str
     """for whom: a draining worker waits until those it gave back are fetched. Empty: for nobody"""
     choice: _builtins.int
+    only_windows: _builtins.bool
+    """layers with a sliding window may be left out before the window of the last block that is sent"""
     @_builtins.property
     def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """hash blocks, 16 bytes each, a chain in order"""
@@ -685,10 +692,11 @@ class FetchRequest(_message.Message):
         adapter: _builtins.bytes = ...,
         request_id: _builtins.str = ...,
         choice: _builtins.int = ...,
+        only_windows: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "choice", b"choice", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "request_id", b"request_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "choice", b"choice", "components", b"components", "first_token", b"first_token", "head_count", b"head_count", "head_start", b"head_start", "identities", b"identities", "isolation_domain", b"isolation_domain", "layer_count", b"layer_count", "layer_start", b"layer_start", "only_windows", b"only_windows", "request_id", b"request_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

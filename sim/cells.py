@@ -90,7 +90,11 @@ class CellStore:
                 block, _ = self._place(held, start)
                 self._seals[block][unit] = digest_of(self._get(held, start, end), unit), end - start
 
-    def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
+    def parts(self, held: HeldTokens) -> list[tuple[HeldTokens, bool]]:
+        """Implements `SealedStore.parts`: the one layer has no window."""
+        return [(held, False)]
+
+    def read_tokens(self, held: HeldTokens, *, without_windows: bool = False) -> tuple[SectionData, ...]:
         """Implements `SealedStore.read_tokens`."""
         cells: list[int] = []
         digests = []

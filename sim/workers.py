@@ -78,7 +78,7 @@ class SimDispatcher(EngineClient):
         """Read cached blocks, as `fetch` does for a coroutine."""
         fetch_id = next(self._fetch_ids)
         self._fetches[fetch_id] = cast(Any, Answered(took))
-        self.send(link.FetchBlocks(fetch_id, part.identities, part.first_token, root))
+        self.send(link.FetchBlocks(fetch_id, part.identities, part.first_token, root, part.how))
 
     def _call(self, owner: Owner, event: SequenceEvent) -> None:
         owner(event)

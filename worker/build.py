@@ -144,7 +144,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         num_states=sized.num_states,
         num_seats=step.max_num_seqs,
     )
-    prefix = PrefixCache(pool, enabled=cache.prefix_caching)
+    prefix = PrefixCache(pool, enabled=cache.prefix_caching, windowed=model.kv_spec.main.windowed)
     core = EngineCore(
         bounds,
         pool,

@@ -140,7 +140,7 @@ class SlicedStore:
         sections = together(self._group, lambda: self._mine.read(op))
         parts = self._group.gather_bytes(self._slices.packed(0, sections, op.token_count))
         assert parts is not None, "rank 0 gathers"
-        return self._slices.joined(parts, op.token_count, into)
+        return self._slices.joined(parts, op.token_count, into, without_windows=op.without_windows)
 
     def write(self, op: WriteOp) -> None:
         """Give every rank its heads of verified planes."""

@@ -26,6 +26,7 @@ from .messages import (
     FetchBlocks,
     LoadAdapter,
     LoadNews,
+    Reading,
     StepTokens,
     Submit,
     TokenNews,
@@ -92,7 +93,9 @@ class EngineClient:
             ended = Ended(command.key, FinishReason.ERROR, error.code, error.message)
             asyncio.get_running_loop().call_soon(self._route, ended)
 
-    async def fetch(self, identities: Sequence[BlockIdentity], first_token: int, root: bytes) -> BlocksFetched:
+    async def fetch(
+        self, identities: Sequence[BlockIdentity], first_token: int, root: bytes, how: Reading = Reading.ALL
+    ) -> BlocksFetched:
         """Read cached hash blocks by identity, as far as their chain begins at `root`.
 
         Raises:
@@ -104,7 +107,7 @@ class EngineClient:
         future: asyncio.Future[BlocksFetched] = asyncio.get_running_loop().create_future()
         self._fetches[fetch_id] = future
         try:
-            self._link.send(FetchBlocks(fetch_id, tuple(identities), first_token, root))
+            self._link.send(FetchBlocks(fetch_id, tuple(identities), first_token, root, how))
             return await future
         finally:
             del self._fetches[fetch_id]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ...kv.section import PlaneBuffer, SectionData
 
 LOCAL = {"is_local": True}
-"""Metadata of a field that does not leave the process: between processes it keeps its default."""
+"""Metadata of a field that does not leave the process: between processes it keeps its default. It is the last one."""
 
 # ------------------------------------------------------------------ face to engine
 
@@ -113,7 +113,16 @@ class ReadKv:
     key: SequenceKey
     token_start: int
     token_count: int
+    without_windows: bool = False  # of the full layers only (kv/windows.py)
     into: PlaneBuffer | None = field(default=None, metadata=LOCAL)  # memory for the planes, of this process
+
+
+class Reading(Enum):
+    """What is read of cached hash blocks."""
+
+    ALL = auto()  # up to the first block without its windowed layers
+    WITHOUT_WINDOWS = auto()  # of the full layers only
+    NOTHING = auto()  # only counted, up to the last one after which computing may begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +133,7 @@ class FetchBlocks:
     identities: tuple[BlockIdentity, ...]
     first_token: int
     root: bytes  # of their chain: blocks of other chains are not returned
+    how: Reading = Reading.ALL
 
 
 @dataclass(frozen=True, slots=True)

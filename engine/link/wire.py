@@ -32,7 +32,7 @@ CLASSES: tuple[Any, ...] = (
     *(History, SampledPlace, SequenceStep, StepPlan, StepResult),
     *(ReadOp, WriteOp, FetchOp, SwapOutOp, SwapInOp, Grammar),
 )
-ENUMS: tuple[type[Enum], ...] = (m.Source, FinishReason, Role)
+ENUMS: tuple[type[Enum], ...] = (m.Source, FinishReason, Role, m.Reading)
 
 _NUMBER = {cls: number for number, cls in enumerate(CLASSES)}
 _FIELDS = {

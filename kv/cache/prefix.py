@@ -5,14 +5,18 @@ its key is the identity of its last one. The index is closed under prefixes: an 
 
     hash blocks      a    b  |  c    d  |  e            block_tokens = 32
     entries            (b) <---- (d)       e: not full, not findable
+
+A block may lack its windowed layers (`kv/windows.py`): a match ends where computing may begin, so that every layer has
+what its queries see from there on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from ..block import BlockId, BlockIdentity
-from ..spec import HASH_BLOCK_TOKENS
+from ..spec import HASH_BLOCK_TOKENS, WindowedLayers
+from ..windows import first_needed
 from .pool import BlockPool
 
 MAX_PENDING_EVENTS = 65_536
@@ -40,12 +44,21 @@ class _Entry:
 class PrefixCache:
     """The index over one pool. It owns no block: a cached block without owners is free and may be evicted."""
 
-    def __init__(self, pool: BlockPool, max_pending_events: int = MAX_PENDING_EVENTS, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_pending_events: int = MAX_PENDING_EVENTS,
+        *,
+        enabled: bool = True,
+        windowed: WindowedLayers | None = None,
+    ) -> None:
         """`enabled` false: `publish` adds no entry, so `match` and `acquire` find no prefix.
 
         `max_pending_events`: with more events since the last `drain_events`, `resync_needed` is set instead.
+        `windowed`: layers that a block may lack.
         """
         self.enabled = enabled
+        self.windowed = windowed
         assert pool.block_tokens % HASH_BLOCK_TOKENS == 0, pool.block_tokens
         self._pool = pool
         self._span = pool.block_tokens // HASH_BLOCK_TOKENS  # hash blocks per physical block
@@ -53,6 +66,7 @@ class PrefixCache:
         self._entry_by_block: dict[BlockId, _Entry] = {}
         # Hash blocks that are not the last of their block: two blocks with different later tokens can share one.
         self._holders_by_inner: dict[BlockIdentity, dict[BlockId, None]] = {}
+        self._lacking: set[BlockId] = set()  # findable blocks without their windowed layers
         self._max_pending_events = max_pending_events
         self._pending: dict[BlockIdentity, bool] = {}  # True: stored, False: removed, net since the last drain
         self.resync_needed = False
@@ -64,21 +78,33 @@ class PrefixCache:
         return len(self._entry_by_block)
 
     def match(self, identities: Sequence[BlockIdentity]) -> int:
-        """Number of leading hash blocks of a chain that are held, a multiple of block_tokens / 16. Changes no state."""
-        return self._held_blocks(identities) * self._span
+        """Number of leading hash blocks of a chain after which computing may begin: a multiple of block_tokens / 16.
+
+        All of them are held, with what windowed layers see from there on. Changes no state.
+        """
+        return self._matched_blocks(identities) * self._span
+
+    def lacks_windows(self, block: BlockId) -> bool:
+        """True if a findable block is here without its windowed layers."""
+        return block in self._lacking
 
     def whole(self, num_hash_blocks: int) -> int:
         """A number of hash blocks, rounded down to whole physical blocks."""
         return num_hash_blocks // self._span * self._span
 
     def acquire(self, identities: Sequence[BlockIdentity]) -> list[BlockId]:
-        """The blocks of the longest held prefix, in order. The caller owns them until it gives them back."""
-        blocks = [self._entry_by_key[self._key(identities, i)].block for i in range(self._held_blocks(identities))]
+        """The blocks of `match`, in order. The caller owns them until it gives them back."""
+        blocks = [self._entry_by_key[self._key(identities, i)].block for i in range(self._matched_blocks(identities))]
         self._pool.retain(blocks)
         return blocks
 
     def publish(
-        self, identities: Sequence[BlockIdentity], blocks: list[BlockId], start: int = 0, root: bytes = b""
+        self,
+        identities: Sequence[BlockIdentity],
+        blocks: list[BlockId],
+        start: int = 0,
+        root: bytes = b"",
+        lacking: Collection[int] = (),
     ) -> list[BlockId]:
         """Make the full blocks of a sequence findable, from its `start`-th block on; idempotent.
 
@@ -87,6 +113,8 @@ class PrefixCache:
         not published. Where another block already holds an identity, the caller's copy is given back and replaced by
         that canonical block: the caller owns the blocks of the returned list from now on. So a published block must be
         full and sealed and must not be written any more; another reader of the old copy must own it too.
+        `lacking`: places in `blocks` of those without their windowed layers. A copy that has them becomes the canonical
+        one instead of a block that lacks them.
         """
         full = min(len(identities) // self._span, len(blocks)) if self.enabled else 0
         # After `clear` parents can be missing or in other blocks: begin where the index still has the caller's blocks.
@@ -99,6 +127,10 @@ class PrefixCache:
             if entry is None:
                 parent = self._entry_by_key[self._key(identities, i - 1)] if i else None
                 self._insert(result[i], tuple(identities[i * self._span : (i + 1) * self._span]), parent, root)
+                if i in lacking:
+                    self._lacking.add(result[i])
+            elif entry.block != result[i] and entry.block in self._lacking and i not in lacking:
+                self._replace(entry, result[i])
             elif entry.block != result[i]:
                 assert not self._pool.is_cached(result[i]), f"block {result[i]} is already published as another prefix"
                 self._pool.retain([entry.block])
@@ -171,6 +203,7 @@ class PrefixCache:
             elif self._pool.is_cached(block):
                 raise AssertionError(f"block {block} is cached in the pool but not in the index")
         assert len(self._entry_by_key) == len(self._entry_by_block), "two identities lead to one block"
+        assert self._entry_by_block.keys() >= self._lacking, "a block that cannot be found is said to lack layers"
         if among is not None:
             return
         holders = sum(len(blocks) for blocks in self._holders_by_inner.values())
@@ -205,6 +238,31 @@ class PrefixCache:
                 high = middle - 1
         return low
 
+    def _matched_blocks(self, identities: Sequence[BlockIdentity]) -> int:
+        """Length in physical blocks of the longest held prefix after which computing may begin."""
+        held, size = self._held_blocks(identities), self._pool.block_tokens
+        while self._lacking and held:
+            seen = range(held - 1, first_needed(self.windowed, held * size) // size - 1, -1)
+            lacks = (i for i in seen if self._entry_by_key[self._key(identities, i)].block in self._lacking)
+            found = next(lacks, None)
+            if found is None:
+                break
+            held = found  # every start between here and there sees this block too
+        return held
+
+    def _replace(self, entry: _Entry, block: BlockId) -> None:
+        """Let another copy of the same tokens stand for an entry. Owners of the old one keep it."""
+        assert block not in self._entry_by_block, f"block {block} is already published as another prefix"
+        for inner in entry.identities[:-1]:
+            del self._holders_by_inner[inner][entry.block]
+            self._holders_by_inner[inner][block] = None
+        del self._entry_by_block[entry.block]
+        self._lacking.discard(entry.block)
+        self._pool.mark_plain(entry.block)
+        entry.block = block
+        self._entry_by_block[block] = entry
+        self._pool.mark_cached(block)
+
     def _insert(
         self, block: BlockId, identities: tuple[BlockIdentity, ...], parent: _Entry | None, root: bytes
     ) -> None:
@@ -224,6 +282,7 @@ class PrefixCache:
 
     def _remove(self, entry: _Entry) -> None:
         del self._entry_by_block[entry.block], self._entry_by_key[entry.key]
+        self._lacking.discard(entry.block)
         self._note(entry.key, is_stored=False)
         for inner in entry.identities[:-1]:
             holders = self._holders_by_inner[inner]

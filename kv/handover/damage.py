@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,15 +12,20 @@ from ..digest import U64, places
 from ..frame_digest import section_digests
 from ..section import SectionData
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, KvSpec
+from ..windows import lacks_windows, layer_runs
 from .frames import Frame
 
 _MAIN = "main"
 
 
-def verify_frame(frame: Frame, key: int, spec: KvSpec | None = None) -> bool:
-    """True if every digest of a frame matches and, with `spec`, every row that this cache needs is present."""
+def verify_frame(frame: Frame, key: int, spec: KvSpec | None = None, windows_from: int = 0) -> bool:
+    """True if every digest of a frame matches and, with `spec`, every row that this cache needs is present.
+
+    Frames of tokens before `windows_from` may leave out the windowed layers.
+    """
     header = frame.header
-    if spec is not None and not covers(frame.sections, spec):
+    may_lack = header.token_start + header.token_count <= windows_from
+    if spec is not None and not covers(frame.sections, spec, without_windows=may_lack):
         return False
     return verify_sections(frame.sections, header.token_start, header.token_count, key)
 
@@ -73,15 +78,22 @@ def _first_places(component: str, layer_start: int, layer_count: int, head_start
     return found
 
 
-def covers(sections: Iterable[SectionData], spec: KvSpec) -> bool:
-    """True if sections hold all layers and heads of every component of the main group, in rows of its width."""
-    missing = {component.name: spec.main.num_layers * component.heads for component in spec.main.components}
+def covers(sections: Sequence[SectionData], spec: KvSpec, *, without_windows: bool = False) -> bool:
+    """True if sections hold all layers and heads of every component of the main group, in rows of its width.
+
+    `without_windows`: or all but the windowed layers, of all components.
+    """
+    lacks = without_windows and lacks_windows(sections, spec.main.windowed)
+    runs = layer_runs(spec.main, without_windows=lacks)
+    num_layers = sum(map(len, runs))
+    missing = {component.name: num_layers * component.heads for component in spec.main.components}
     component_by_name = {component.name: component for component in spec.main.components}
     for section in sections:
         component = component_by_name.get(section.component)
         if section.group != _MAIN or component is None:
             continue
-        fits_layers = section.layer_start + section.layer_count <= spec.main.num_layers
+        layers = range(section.layer_start, section.layer_start + section.layer_count)
+        fits_layers = any(run.start <= layers.start and layers.stop <= run.stop for run in runs)
         fits_heads = section.head_start + section.head_count <= component.heads
         if not fits_layers or not fits_heads:
             return False

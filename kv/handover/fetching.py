@@ -5,7 +5,8 @@
                         └── stream over, silence, damage, protocol ──────────────┘
 
 A fetch never fails its request: whatever ends it, the leading tokens that are stored are kept, and the rest is fetched
-from another holder or computed. The source answers with what it holds, so an answer may end early ("short").
+from another holder or computed. The source answers with what it holds, so an answer may end early ("short"). What came
+without its windowed layers is kept only if computing may begin behind it (`kv/windows.py`).
 Duties of the caller are those of machine.py; the source's frames are those of `Blocks.Fetch` (worker/blocks/fetch.py).
 """
 
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..block import BlockIdentity
-from ..spec import HASH_BLOCK_TOKENS
+from ..spec import HASH_BLOCK_TOKENS, WindowedLayers
+from ..windows import furthest_start
 from .machine import Action, AskBlocks, Close, Fetched, Write
 
 MAX_WRITING = 8  # frames that wait to be stored; with more, nothing is read from the source
@@ -42,6 +44,7 @@ class Wanted:
     identities: tuple[BlockIdentity, ...]  # hash blocks, a chain in order
     first_token: int  # place of the first one
     numerics_class: bytes | None  # that the frames must have; None: any
+    windowed: WindowedLayers | None = None  # layers that may be left out before their window
 
     @property
     def end_token(self) -> int:
@@ -61,6 +64,7 @@ class FetchedFrame:
     is_last: bool
     is_intact: bool
     num_bytes: int
+    lacks_windows: bool = False  # its windowed layers were left out
 
 
 class BlockFetch:
@@ -71,7 +75,8 @@ class BlockFetch:
         assert wanted.identities, "nothing is wanted"
         self.wanted = wanted
         self.num_bytes = 0
-        self.stored_upto = wanted.first_token
+        self._stored_upto = wanted.first_token
+        self._lacking: set[int] = set()  # hash blocks that came without their windowed layers
         self.end: FetchEnd | None = None  # decided; the machine is over when the writes under way are done too
         self.is_over = False
         self._silence_s = silence_s
@@ -82,6 +87,13 @@ class BlockFetch:
         self._num_frames = 0
         self._detail = ""
         self._is_closed = False
+
+    @property
+    def stored_upto(self) -> int:
+        """End of the leading tokens that are stored, such that computing may begin there."""
+        num_blocks = self._stored_upto // HASH_BLOCK_TOKENS
+        start = furthest_start(self.wanted.windowed, num_blocks, self._lacking) * HASH_BLOCK_TOKENS
+        return max(start, self.wanted.first_token)
 
     @property
     def num_writing(self) -> int:
@@ -118,6 +130,8 @@ class BlockFetch:
         self.num_bytes += frame.num_bytes
         self._taken_upto = frame.token_start + frame.token_count
         self._writing.append((frame.token_start, frame.token_count))
+        if frame.lacks_windows:
+            self._lacking.update(range(frame.token_start // HASH_BLOCK_TOKENS, self._taken_upto // HASH_BLOCK_TOKENS))
         actions: list[Action] = [Write(frame.sequence, frame.token_start, frame.token_count)]
         if self._taken_upto == self.wanted.end_token:
             actions += self._finish(FetchEnd.COMPLETE)
@@ -130,7 +144,7 @@ class BlockFetch:
         if self.is_over or (token_start, token_count) not in self._writing:
             return []
         self._writing.remove((token_start, token_count))
-        self.stored_upto = self._writing[0][0] if self._writing else self._taken_upto
+        self._stored_upto = self._writing[0][0] if self._writing else self._taken_upto
         return self._perhaps_over()
 
     def garbled(self, detail: str) -> list[Action]:

@@ -22,6 +22,7 @@ from ...core.lease import Lease
 from ...protos import handover_pb2 as pb
 from ..messages import logprobs_from_wire
 from ..spec import HASH_BLOCK_TOKENS
+from ..windows import usable
 from .machine import (
     MAX_REFETCHES,
     Action,
@@ -141,14 +142,20 @@ class Receiver:
         return self._stream.deadline_s if self.state is ReceiverState.STORING else self._stream.next_deadline_s
 
     @property
+    def windows_from(self) -> int:
+        """First token whose windowed layers are awaited."""
+        return self._order.windows_from
+
+    @property
     def verified_upto(self) -> int:
         """End of the leading tokens that were held before, or arrived with matching digests."""
         return self._tokens(self._verified_units)
 
     @property
     def stored_upto(self) -> int:
-        """End of the leading tokens whose KV is stored and can be attended to."""
-        return self._tokens(self._stored_units)
+        """End of the leading tokens whose KV is stored, such that computing may begin there."""
+        order = self._order
+        return usable(self._tokens(self._stored_units), order.held_tokens, order.windows_from, self._num_tokens)
 
     # ------------------------------------------------------------------ the stream's events
 

@@ -132,6 +132,10 @@ class Sender:
         """Do not use the shared memory that decode offered; Started says why."""
         self._transport_reason = reason
 
+    def leaves_out_windows(self, token_start: int, token_count: int) -> bool:
+        """True if decode does not want the windowed layers of a frame's tokens."""
+        return token_start + token_count <= self.order.windows_from
+
     # ------------------------------------------------------------------ the stream's events
 
     def on_message(self, message: pb.HandoverUp, now_s: float) -> list[Action]:
@@ -270,8 +274,10 @@ class Sender:
         for unit in units:
             self._times_refetched[unit] += 1
         self.counters.refetches += 1
-        for first in range(start, end, self._tokens_per_frame):
-            self._again.append((first, min(self._tokens_per_frame, end - first)))
+        while start < end:
+            count = self._frame_tokens(start, end)
+            self._again.append((start, count))
+            start += count
         return self._pump()
 
     def _free_slots(self, freed: pb.SlotFree, now_s: float) -> list[Action]:
@@ -296,7 +302,7 @@ class Sender:
             if self._again:
                 start, count = self._again.popleft()
             elif self._next < whole:
-                start, count = self._next, min(self._tokens_per_frame, whole - self._next)
+                start, count = self._next, self._frame_tokens(self._next, whole)
                 self._next += count
             else:
                 break
@@ -304,6 +310,11 @@ class Sender:
             self._reading[start, count] = slot
             actions.append(Read(start, count, slot))
         return actions
+
+    def _frame_tokens(self, start: int, end: int) -> int:
+        """Tokens of the frame that begins at `start`: all of them with their windowed layers, or all without."""
+        edge = self.order.windows_from
+        return min(self._tokens_per_frame, (edge if start < edge < end else end) - start)
 
     def _perhaps_done(self, now_s: float) -> list[Action]:
         is_all_sent = self._next == self._num_tokens and not self._reading and not self._again
@@ -351,6 +362,12 @@ def _checked(message: pb.HandoverUp) -> pb.Open:
         raise InvalidRequest(
             f"held_tokens is {order.held_tokens} of {len(order.prompt_ids)}; must be a multiple of 16 below the prompt",
             param="held_tokens",
+        )
+    if order.windows_from % HASH_BLOCK_TOKENS or order.windows_from >= len(order.prompt_ids):
+        raise InvalidRequest(
+            f"windows_from is {order.windows_from} of {len(order.prompt_ids)}; must be a multiple of 16 below the "
+            "prompt",
+            param="windows_from",
         )
     if order.frame_slots < 1 or order.timeout_ms < 1:
         raise InvalidRequest("frame_slots and timeout_ms must be at least 1", param="open")

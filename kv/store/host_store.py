@@ -26,7 +26,11 @@ class SealedStore(Protocol):
         """Seal the present contents of a range."""
         ...
 
-    def read_tokens(self, held: HeldTokens) -> tuple[SectionData, ...]:
+    def parts(self, held: HeldTokens) -> list[tuple[HeldTokens, bool]]:
+        """A range in parts that are here without their windowed layers (True), or with all layers (False)."""
+        ...
+
+    def read_tokens(self, held: HeldTokens, *, without_windows: bool = False) -> tuple[SectionData, ...]:
         """Copies of a range's planes, with their seals.
 
         Raises:
@@ -65,12 +69,19 @@ class HostStore:
             tail = replace(held, start=last, count=held.end - last)
             if not self._device.is_sealed(tail):
                 self._device.seal(tail)
-        self._host.write_tokens(host, self._device.read_tokens(held))
+        _copy(self._device, held, self._host, host)
 
     def swap_in(self, host: HeldTokens, held: HeldTokens) -> bool:
         """Copy tokens back into newly taken blocks; returns True if all of them match their seals there."""
         try:
-            self._device.write_tokens(held, self._host.read_tokens(host))
+            _copy(self._host, host, self._device, held)
         except KvCorrupted:
             return False
         return self._device.verify(held)
+
+
+def _copy(source: SealedStore, held: HeldTokens, target: SealedStore, there: HeldTokens) -> None:
+    """Copy a range; what lacks its windowed layers lacks them there too."""
+    for part, lacks in source.parts(held):
+        sections = source.read_tokens(part, without_windows=lacks)
+        target.write_tokens(replace(there, start=part.start, count=part.count), sections)

@@ -77,12 +77,21 @@ class CpuPlanes:
         return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
 
     def gather(
-        self, block_table: Sequence[BlockId], tokens: range, into: PlaneBuffer | None = None
+        self,
+        block_table: Sequence[BlockId],
+        tokens: range,
+        into: PlaneBuffer | None = None,
+        layers: range | None = None,
     ) -> tuple[U8, U8 | None]:
-        """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens], in `into` if given."""
+        """Copies: payload [layers, heads, tokens, row_bytes] and scales [layers, heads, tokens], in `into` if given.
+
+        `layers` None: all.
+        """
         spans = list(self._spans(block_table, tokens))
+        part = slice(None) if layers is None else slice(layers.start, layers.stop)
 
         def take(plane: U8) -> U8:
+            plane = plane[part]
             shape = (plane.shape[0], plane.shape[2], len(tokens), *plane.shape[4:])
             copy = np.empty(shape, np.uint8) if into is None else into.take(shape)
             for block, within, place in spans:
@@ -171,3 +180,20 @@ class CpuPlanes:
             if self.scales_view is not None:
                 assert scales is not None, "fp8 rows come with scales"
                 self.scales_view[part, block, row, within] = scales[:, :, place]
+
+    def clear(self, layers: Sequence[int], blocks: I64, units: I64) -> None:
+        """Write zeros to hash blocks of some layers: number i is hash block units[i] of block blocks[i]."""
+        clear_hash_blocks(self.payload, self.scales, layers, blocks, units)
+
+
+def clear_hash_blocks(
+    payload: torch.Tensor, scales: torch.Tensor | None, layers: Sequence[int], blocks: I64, units: I64
+) -> None:
+    """Write zeros to hash blocks of some layers of planes in the layout that `store.py` draws, on any device."""
+    numbers = torch.tensor(layers)[:, None], torch.from_numpy(blocks)[None], torch.from_numpy(units)[None]
+    layer, block, unit = (number.to(payload.device) for number in numbers)
+    num_layers, num_blocks, heads, block_tokens, row_bytes = payload.shape
+    shape = num_layers, num_blocks, heads, block_tokens // HASH_BLOCK_TOKENS, HASH_BLOCK_TOKENS
+    payload.view(*shape, row_bytes)[layer, block, :, unit] = 0
+    if scales is not None:
+        scales.view(shape)[layer, block, :, unit] = 0

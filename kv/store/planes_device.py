@@ -22,6 +22,7 @@ from ..codec import U8, Codec
 from ..digest import U64
 from ..section import PlaneBuffer
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component
+from .planes_cpu import clear_hash_blocks
 
 I64 = NDArray[np.int64]
 
@@ -47,10 +48,15 @@ class DevicePlanes:
         return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
 
     def gather(
-        self, block_table: Sequence[BlockId], tokens: range, into: PlaneBuffer | None = None
+        self,
+        block_table: Sequence[BlockId],
+        tokens: range,
+        into: PlaneBuffer | None = None,
+        layers: range | None = None,
     ) -> tuple[U8, U8 | None]:
         """Copies in the shapes of `CpuPlanes.gather`, in `into` or in pinned memory; waits for the device's work."""
-        store = Planes(self.payload, self.scales)
+        part = slice(None) if layers is None else slice(layers.start, layers.stop)
+        store = Planes(self.payload[part], None if self.scales is None else self.scales[part])
         rows = gather_tokens(store, self._table(block_table, tokens), tokens, range(self.component.heads))
         payload = self._to_host(rows.payload, into)
         return payload, None if rows.scales is None else self._to_host(rows.scales, into)
@@ -65,6 +71,10 @@ class DevicePlanes:
         store = Planes(self.payload[part], None if self.scales is None else self.scales[part])
         source = Planes(self._to_device(payload), None if scales is None else self._to_device(scales))
         scatter_tokens(store, self._table(block_table, tokens), tokens, heads, source)
+
+    def clear(self, layers: Sequence[int], blocks: I64, units: I64) -> None:
+        """Write zeros to hash blocks of some layers, as `CpuPlanes.clear`."""
+        clear_hash_blocks(self.payload, self.scales, layers, blocks, units)
 
     def _table(self, block_table: Sequence[BlockId], tokens: range) -> Tensor:
         """Blocks up to the end of the range, on the device; entries before its start are not read, may be invalid."""

@@ -6,11 +6,15 @@ Knows planes, blocks and seals. Knows no prompts, nor which blocks are free (`kv
     scales   uint8 [layers, num_blocks, heads, block_tokens]              fp8 only
     digests  uint64 [layers, heads, num_blocks, hash blocks per block]    one per component, with the generation of the
                                                                           block and the tokens that they cover
+
+A hash block may be here without its windowed layers (`kv/windows.py`). Then zeros stand in them, which have no digest
+and are never read for a peer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +29,7 @@ from ..codec import U8, Codec, transcode
 from ..digest import MAX_HASH_BLOCKS, U64, frame_digests, places, unit_digests
 from ..section import HeldTokens, PlaneBuffer, SectionData
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component, KvSpec
+from ..windows import lacks_windows, layer_runs
 from .planes_cpu import CpuPlanes, HashBlocks
 from .sealer import Marks, Sealer
 
@@ -75,6 +80,10 @@ class KvStore:
         per_block = block_tokens // HASH_BLOCK_TOKENS
         self._sealed_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
         self._sealed_tokens = np.zeros((num_blocks, per_block), np.int64)
+        # Generation in which a hash block came without its windowed layers.
+        self._lacking_generation = np.full((num_blocks, per_block), _NOT_SEALED, np.int64)
+        windowed = spec.main.windowed
+        self._windowed = np.array([] if windowed is None else windowed.layers, np.int64)
         marks = Marks(self._sealed_generation, self._sealed_tokens)
         self._sealer = Sealer.make(self._components, list(self._first_places.values()), digest_key, marks)
 
@@ -156,6 +165,10 @@ class KvStore:
             for held in ranges
             for number in range(held.start // HASH_BLOCK_TOKENS, -(-held.end // HASH_BLOCK_TOKENS))
         ])  # fmt: skip
+        if self._windowed.size:
+            for held in ranges:
+                blocks, units, _ = self._places(held)
+                self._lacking_generation[blocks, units] = _NOT_SEALED
 
     def is_sealed(self, held: HeldTokens) -> bool:
         """True if a range is sealed for these generations of its blocks. Does not read the bytes: `verify` does."""
@@ -171,23 +184,44 @@ class KvStore:
             return False
         whole = self._sealed_extent(held)
         blocks, units, _ = self._places(whole)
-        return all(
-            np.array_equal(store.digests[:, :, blocks, units], self._digest(store, whole)) for store in self._components
+        is_there = np.ones((len(self._layers), 1, len(blocks)), bool)
+        is_there[np.ix_(self._windowed, np.zeros(1, np.int64), np.flatnonzero(self._lacks_windows(whole)))] = False
+        return not any(
+            ((store.digests[:, :, blocks, units] != self._digest(store, whole)) & is_there).any()
+            for store in self._components
         )
+
+    def parts(self, held: HeldTokens) -> list[tuple[HeldTokens, bool]]:
+        """The range in parts of whole hash blocks that are all here without their windowed layers (True), or with."""
+        numbered = groupby(enumerate(self._lacks_windows(held).tolist()), key=lambda each: each[1])
+        found = []
+        for lacks, each in numbered:
+            numbers = [number for number, _ in each]
+            start = held.start + numbers[0] * HASH_BLOCK_TOKENS
+            end = min(held.end, held.start + (numbers[-1] + 1) * HASH_BLOCK_TOKENS)
+            found.append((HeldTokens(held.block_table, held.generations, start, end - start), lacks))
+        return found
 
     # ------------------------------------------------------------------ peers
 
-    def read_tokens(self, held: HeldTokens, into: PlaneBuffer | None = None) -> tuple[SectionData, ...]:
+    def read_tokens(
+        self, held: HeldTokens, into: PlaneBuffer | None = None, *, without_windows: bool = False
+    ) -> tuple[SectionData, ...]:
         """Copies of a range's planes with their sealed digests, one section per component.
 
-        `into` receives the planes: per component, payload before scales.
+        `into` receives the planes: per section, payload before scales.
         If the range ends inside a hash block that is sealed further, that block is verified and its part digested.
+        `without_windows`: of the full layers only, one section per component and run of neighbouring ones.
 
         Raises:
-            KvCorrupted: a hash block is not sealed for this generation of its block, or the last one is damaged.
+            KvCorrupted: a hash block is not sealed for this generation of its block, or is here without its windowed
+                layers, or the last one is damaged.
         """
         self._check_sealed(held)
         blocks, units, _ = self._places(held)
+        lacking = self._lacks_windows(held)
+        if lacking.any() and not without_windows:
+            raise KvCorrupted(f"block {blocks[int(np.argmax(lacking))]} is here without its windowed layers")
         cut = int(self._sealed_tokens[blocks[-1], units[-1]]) != (held.end - 1) % HASH_BLOCK_TOKENS + 1
         last = held.end - (held.end - 1) % HASH_BLOCK_TOKENS - 1
         tail = HeldTokens(held.block_table, held.generations, last, held.end - last)
@@ -195,48 +229,66 @@ class KvStore:
             raise KvCorrupted(f"block {blocks[-1]} does not hold what was sealed")
         sections = []
         for store in self._components:
-            payload, scales, found = self._copies(store, held, into)
-            digests = store.digests[:, :, blocks, units]
-            if cut:
-                digests[:, :, -1] = self._digest(store, tail)[:, :, 0]
-            sections.append(_section(store.component, payload, scales, digests, found))
+            for run in layer_runs(self.spec.main, without_windows=without_windows):
+                copied = self._copies(store, held, into, run)
+                digests = store.digests[run.start : run.stop, :, blocks, units]
+                if cut:
+                    digests[:, :, -1] = self._digest(store, tail)[run.start : run.stop, :, 0]
+                sections.append(_section(store.component, run.start, copied, digests))
         return tuple(sections)
 
     def write_tokens(self, held: HeldTokens, sections: Sequence[SectionData]) -> None:
         """Store planes that were verified on arrival, with their digests.
 
         Rows of another codec are translated and sealed again. A section may hold a part of the layers and heads, but
-        all sections together must hold all of this rank's. Other groups than the main one are ignored.
+        all sections together must hold all of this rank's, or all but the windowed layers'. Other groups than the main
+        one are ignored.
 
         Raises:
             KvCorrupted: layers or heads are missing, or a translated number is not finite.
         """
         blocks, units, generations = self._places(held)
         sections = [section for section in sections if section.group == self.spec.main.name]
+        lacks = lacks_windows(sections, self.spec.main.windowed)
         for store in self._components:
             mine = [section for section in sections if section.component == store.component.name]
-            covered = sum(section.layer_count * section.head_count for section in mine)
-            if covered != len(self._layers) * store.component.heads:
-                raise KvCorrupted(f"sections hold {covered} layer-heads of {store.component.name}, not each one once")
+            covered = np.zeros(len(self._layers), np.int64)
+            for section in mine:
+                covered[section.layer_start : section.layer_start + section.layer_count] += section.head_count
+            wanted = np.full(len(self._layers), store.component.heads)
+            wanted[self._windowed] *= not lacks
+            if not np.array_equal(covered, wanted):
+                name = store.component.name
+                raise KvCorrupted(f"sections hold {covered.sum()} layer-heads of {name}, not each one once")
+            if lacks:
+                store.clear(self._windowed.tolist(), blocks, units)
             for section in mine:
                 self._write_section(store, held, section)
             if any(Codec(section.codec) is not store.codec for section in mine):
                 store.digests[:, :, blocks, units] = self._digest(store, held)
         self._mark_sealed(held, blocks, units, generations)
+        if lacks:
+            self._lacking_generation[blocks, units] = generations
         self._tell_births(held)
 
     # ------------------------------------------------------------------ inside
 
+    def _lacks_windows(self, held: HeldTokens) -> NDArray[np.bool_]:
+        """Of each hash block of a range: whether it is here without its windowed layers."""
+        blocks, units, generations = self._places(held)
+        lacks: NDArray[np.bool_] = self._lacking_generation[blocks, units] == generations
+        return lacks
+
     def _copies(
-        self, store: ComponentStore, held: HeldTokens, into: PlaneBuffer | None
+        self, store: ComponentStore, held: HeldTokens, into: PlaneBuffer | None, layers: range
     ) -> tuple[U8, U8 | None, U64 | None]:
         """Copies of a range's payload and scales, with their digests if they were computed in the same pass."""
-        if isinstance(store, CpuPlanes):
+        if isinstance(store, CpuPlanes) and len(layers) == len(self._layers):
             words = self._place_words(store, self._numbers(held))
             copied = store.take_in_place(self._hash_blocks(held), words, self._key, into)
             if copied is not None:
                 return copied
-        return *store.gather(held.block_table, range(held.start, held.end), into), None
+        return *store.gather(held.block_table, range(held.start, held.end), into, layers), None
 
     def _hash_blocks(self, held: HeldTokens) -> HashBlocks:
         blocks, units, _ = self._places(held)
@@ -265,6 +317,7 @@ class KvStore:
     ) -> None:
         self._sealed_tokens[blocks, units] = self._counts(held)
         self._sealed_generation[blocks, units] = generations
+        self._lacking_generation[blocks, units] = _NOT_SEALED
 
     def _check_sealed(self, held: HeldTokens) -> None:
         blocks, units, generations = self._places(held)
@@ -364,12 +417,15 @@ class KvStore:
         store.digests[part, row, hash_blocks, units] = section.digests
 
 
-def _section(component: Component, payload: U8, scales: U8 | None, digests: U64, found: U64 | None) -> SectionData:
+def _section(
+    component: Component, layer_start: int, copied: tuple[U8, U8 | None, U64 | None], digests: U64
+) -> SectionData:
+    payload, scales, found = copied
     layers, heads = payload.shape[:2]
     return SectionData(
         group="main",
         component=component.name,
-        layer_start=0,
+        layer_start=layer_start,
         layer_count=layers,
         head_start=0,
         head_count=heads,

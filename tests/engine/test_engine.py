@@ -468,7 +468,7 @@ class Gated(Steps):
         self.has_begun.set()
         return super().run(plan)
 
-    def read_tokens(self, _held, _into):
+    def read_tokens(self, _held, _into, *, without_windows):
         self.order.append("read")
         return ()
 

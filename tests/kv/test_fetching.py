@@ -7,6 +7,7 @@ import pytest
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.handover.fetching import BlockFetch, FetchedFrame, FetchEnd, Wanted
 from twostroke.kv.handover.machine import AskBlocks, Close, Fetched, Write
+from twostroke.kv.spec import WindowedLayers
 
 NAMES = tuple(BlockIdentity(bytes([n]) * 16) for n in range(6))
 WANTED = Wanted(NAMES[2:], 32, b"class")
@@ -80,6 +81,26 @@ def test_what_was_not_asked_for_ends_it(fetch, wrong):
     assert fetch.on_frame(wrong, 1.5) == [Close(now=True)]
     (fetched,) = fetch.written(32, 16)
     assert (fetched.end, fetched.stored_upto) == ("protocol", 48)
+
+
+def test_what_came_without_its_windows_is_kept_only_if_computing_may_begin_behind_it():
+    names = tuple(BlockIdentity(bytes([n]) * 16) for n in range(16))
+    wanted = Wanted(names, 0, None, WindowedLayers((0,), 20))
+    for is_whole in (True, False):
+        fetch = BlockFetch(wanted, SILENCE_S, DEADLINE_S, 0.0)
+        fetch.begin(0.0)
+        for number, start in enumerate(range(0, 192, 96), 1):
+            names_of = names[start // 16 : start // 16 + 6]
+            came = frame(number, start, 6, identities=names_of, numerics_class=b"", lacks_windows=True)
+            assert fetch.on_frame(came, 0.0) == [Write(number, start, 96)]
+            fetch.written(start, 96)
+        assert fetch.stored_upto == 0
+        if not is_whole:
+            assert fetch.closed()[-1] == Fetched("closed", 0)
+            continue
+        last = frame(3, 192, 4, identities=names[12:], numerics_class=b"")
+        assert fetch.on_frame(last, 0.0)[0] == Write(3, 192, 64)
+        assert fetch.written(192, 64) == [Fetched("complete", 256)]
 
 
 def test_a_second_copy_of_a_frame_is_nothing(fetch):

@@ -109,7 +109,9 @@ class Run:
             held_tokens=self.held,
             frame_slots=self.slots,
             timeout_ms=int(TIMEOUT_S * 1000),
+            windows_from=self.random.choice((0, self.random.randrange(0, self.num_tokens, 16))),
         )
+        self.windows_from = order.windows_from
         self.down.machine = self.receiver = Receiver(LABEL, order, HANDOVER_LEASE, TIMEOUT_S, 0.0)
         self.sender: Sender | None = None
         self.store = {token: token for token in range(self.held)}  # decode's KV by position
@@ -227,6 +229,8 @@ class Run:
             return
         if isinstance(received, Frame):
             is_intact = verify_frame(received, KEY)
+            start, end = received.header.token_start, received.header.token_start + received.header.token_count
+            assert not start < self.windows_from < end, "windowed layers are in a part of a frame"
             self.frames[received.header.sequence] = (received, is_intact)
             arrived = FrameArrived.of(received.header, is_intact=is_intact, num_bytes=len(envelope))
             self.do(side, machine.on_frame(arrived, self.now_s))

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from twostroke.kv.block import BlockId, BlockIdentity, chain
 from twostroke.kv.cache.pool import BlockPool, OutOfBlocks
 from twostroke.kv.cache.prefix import PrefixCache
+from twostroke.kv.spec import WindowedLayers
 
 KEY = b"test key"
 
@@ -51,6 +52,57 @@ def test_a_physical_block_is_findable_only_when_full():
     assert cache.match(identities_of("abc")) == 0
     assert cache.locate(identities_of("abc")[2]) == blocks[0]
     assert cache.locate(identities_of("abcde")[4]) is None
+
+
+def lacking_cache(pool: BlockPool, window: int) -> PrefixCache:
+    return PrefixCache(pool, windowed=WindowedLayers((0,), window))
+
+
+@pytest.mark.parametrize("span", [16, 32])
+def test_a_match_ends_where_every_layer_has_what_is_seen_from_there_on(span: int):
+    pool = BlockPool(32, span)
+    cache = lacking_cache(pool, 20)
+    names = identities_of("abcdefghijklmnop")  # 256 tokens
+    blocks = cache.publish(names, pool.take(256 // span), lacking=range(192 // span))
+    assert cache.match(names) == 16
+    assert cache.acquire(names) == blocks
+    assert cache.match(identities_of("abcdefghijklmnopq")) == 16
+    assert cache.match(names[:15]) == 0, "its window begins before token 192"
+    assert cache.acquire(names[:15]) == []
+    assert cache.match(identities_of("abcdefghijklmno")) == 0
+    assert [cache.lacks_windows(block) for block in blocks] == [True] * (192 // span) + [False] * (64 // span)
+    cache.check_integrity()
+
+
+def test_a_start_before_a_gap_of_windows_is_found():
+    pool = BlockPool(32, 16)
+    cache = lacking_cache(pool, 20)
+    names = identities_of("abcdefghijklmnop")
+    cache.publish(names, pool.take(16), lacking=range(8, 14))
+    assert cache.match(names) == 8
+    assert cache.match(names[:7]) == 7
+
+
+def test_a_copy_with_windows_takes_the_place_of_one_without():
+    pool = BlockPool(32, 32)
+    cache = lacking_cache(pool, 20)
+    names = identities_of("abcdefgh")
+    first = cache.publish(names, pool.take(4), lacking=range(4))
+    assert cache.match(names) == 0
+    mine = pool.take(4)
+    assert cache.publish(names[:6], list(mine[:3])) == mine[:3], "a block that lacks layers replaces none that has them"
+    assert cache.match(names) == 6
+    assert [cache.locate(name) for name in names[::2]] == [*mine[:3], first[3]]
+    assert not pool.is_cached(first[0])
+    assert cache.drain_events() == (names, [])
+    pool.give_back(first)
+    cache.check_integrity()
+    pool.check_integrity({"mine": mine})
+    again = pool.take(2)
+    assert cache.publish(names[:4], list(again), lacking=[0, 1]) == mine[:2], "and is replaced by it"
+    cache.drop(mine[0])
+    assert set(cache.drain_events()[1]) == set(names)
+    assert not any(cache.lacks_windows(block) for block in (*first, *mine))
 
 
 def test_a_finished_copy_is_swapped_for_the_canonical_block():

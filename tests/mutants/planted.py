@@ -21,6 +21,7 @@ import planted_router
 import planted_scaling
 import planted_speculation
 import planted_states
+import planted_windows
 import planted_workers
 
 _MACHINES = (
@@ -66,7 +67,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/handover/fetching": ("tests/kv/test_fetching.py",),
     "kv/handover/": (*_MACHINES, "tests/kv/test_handover_pair.py"),
     "kv/digest": ("tests/kv/test_digest.py", "tests/kv/test_wire.py"),
-    "kv/store/store": ("tests/kv/test_store.py", "tests/kv/test_seal_in_place.py", "tests/kv/test_host_store.py"),
+    "kv/windows": ("tests/kv/test_windows.py",),
+    "kv/store/store": (
+        "tests/kv/test_store.py",
+        "tests/kv/test_seal_in_place.py",
+        "tests/kv/test_host_store.py",
+        "tests/kv/test_store_windows.py",
+    ),
     "kv/store/host_store": ("tests/kv/test_host_store.py",),
     "kv/cache/residency": ("tests/kv/test_residency.py",),
     "kv/cache/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
@@ -131,7 +138,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/engine/test_cache_manager.py",
         "tests/engine/test_states.py",
         "tests/engine/test_draft_model.py",
+        "tests/engine/test_window_lives.py",
     ),
+    "engine/commands": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_window_lives.py"),
     "engine/scheduler": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_states.py"),
     "engine/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "engine/report": ("tests/engine/test_report.py",),
@@ -283,6 +292,7 @@ MUTANTS = [
     *planted_draft_model.MUTANTS,
     *planted_models.MUTANTS,
     *planted_states.MUTANTS,
+    *planted_windows.MUTANTS,
     *planted_fetching.MUTANTS,
     *planted_int4.MUTANTS,
 ]

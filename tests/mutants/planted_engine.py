@@ -269,7 +269,11 @@ _PLANS = [
         "            pass\n",
     ),
     Mutant("kv/slices.py", "head_start=heads.start - first_head,", "head_start=heads.start,"),
-    Mutant("kv/slices.py", "        layer_start=layers.start,\n", ""),
+    Mutant(
+        "kv/slices.py",
+        "        layer_start=layers.start,\n        layer_count=len(layers),\n        head_start=h",
+        "        head_start=h",
+    ),
     Mutant(
         "kv/slices.py",
         "np.empty(dimensions, np.uint8) if into is None else into.take(dimensions)",

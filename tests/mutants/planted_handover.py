@@ -164,9 +164,7 @@ _BYTES = [
     Mutant("kv/handover/frames.py", "    _check_layout(extents, len(planes))\n", ""),
     Mutant("kv/handover/frames.py", "        if offset != end + -end % _ALIGN:\n", "        if offset % _ALIGN:\n"),
     Mutant("kv/handover/frames.py", "    if end != num_bytes:\n", "    if False:\n"),
-    Mutant(
-        "kv/handover/damage.py", "    if spec is not None and not covers(frame.sections, spec):\n", "    if False:\n"
-    ),
+    Mutant("kv/handover/damage.py", "not covers(frame.sections, spec, without_windows=may_lack)", "False"),
     Mutant(
         "kv/handover/damage.py", "        bad |= (found != section.digests)", "        bad = (found != section.digests)"
     ),
@@ -211,13 +209,13 @@ _PULLED = [
     ),
     Mutant(
         "decode_worker/pull.py",
-        "verify_frame, frame, tools.digest_key, tools.kv_spec)",
+        "verify_frame, frame, tools.digest_key, tools.kv_spec, self.receiver.windows_from)",
         "verify_frame, frame, tools.digest_key)",
     ),
     Mutant(
         "decode_worker/pull.py",
-        "        holds = partial(verify_frame, frame, tools.digest_key, tools.kv_spec)\n",
-        "        holds = partial(bool, 1)\n",
+        "partial(verify_frame, frame, tools.digest_key, tools.kv_spec, self.receiver.windows_from)",
+        "partial(bool, 1)",
     ),
     Mutant("decode_worker/pull.py", '            self._tools.counters["kv_corrupted_frames"] += 1\n', ""),
     Mutant(

@@ -82,13 +82,13 @@ _STORED = [
     Mutant("kv/store/store.py", "        if cut and not self.verify(tail):\n", "        if False:\n"),
     Mutant(
         "kv/store/store.py",
-        "                digests[:, :, -1] = self._digest(store, tail)[:, :, 0]\n",
-        "                pass\n",
+        "                    digests[:, :, -1] = self._digest(store, tail)[run.start : run.stop, :, 0]\n",
+        "                    pass\n",
     ),
     Mutant("kv/store/store.py", "        if 0 < sealed < present:\n", "        if False:\n"),
     Mutant(
         "kv/store/store.py",
-        "            if covered != len(self._layers) * store.component.heads:\n",
+        "            if not np.array_equal(covered, wanted):\n",
         "            if False:\n",
     ),
     Mutant(
@@ -99,8 +99,8 @@ _STORED = [
     Mutant("kv/store/store.py", "        if encoded.non_finite:\n", "        if False:\n"),
     Mutant(
         "kv/store/store.py",
-        "        return all(\n            np.array_equal",
-        "        return any(\n            np.array_equal",
+        "        return not any(\n            ((store.digests",
+        "        return not all(\n            ((store.digests",
     ),
     Mutant("kv/store/host_store.py", "        return self._device.verify(held)\n", "        return True\n"),
     Mutant("kv/store/host_store.py", "            if not self._device.is_sealed(tail):\n", "            if True:\n"),

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from ...core.request import Epoch, SequenceKey
 from ...engine.facts import FaceFacts
 from ...engine.link.client import EngineClient
-from ...engine.link.messages import BlocksFetched
+from ...engine.link.messages import BlocksFetched, Reading
 from ...kv.block import IDENTITY_BYTES, BlockIdentity
 from ...kv.handover.frames import FrameLabel, encode_frame
 from ...kv.handover.machine import Label
@@ -21,6 +21,7 @@ from ...kv.handover.transports.grpc import ServerContext
 from ...kv.messages import scope_from_wire
 from ...kv.section import SectionData
 from ...kv.spec import HASH_BLOCK_TOKENS
+from ...kv.windows import first_needed
 from ...protos import handover_pb2
 from .departing import Departing
 
@@ -58,22 +59,25 @@ class FetchService:
     async def _frames(self, wanted: handover_pb2.FetchRequest) -> AsyncIterator[bytes]:
         answer = FetchAnswer(wanted, self._facts, self._counters)
         while (part := answer.next_part()) is not None:
-            frame = answer.frame(await self._dispatcher.fetch(part.identities, part.first_token, answer.root))
+            found = await self._dispatcher.fetch(part.identities, part.first_token, answer.root, part.how)
+            frame = answer.frame(found)
             if frame is not None:
                 yield frame
 
 
 class FetchPart(NamedTuple):
-    """Blocks that one frame may hold."""
+    """Blocks that one frame may hold; or all of them, to be counted."""
 
     identities: tuple[BlockIdentity, ...]
     first_token: int
+    how: Reading = Reading.ALL
 
 
 class FetchAnswer:
     """Answer to one request, frame by frame, until a block is not held. Pure: the driver asks the engine for each part.
 
-    Blocks of another isolation domain or adapter than the request's count as not held.
+    Blocks of another isolation domain or adapter than the request's count as not held. If windowed layers may be left
+    out, the first part asks how many blocks are held, because their window is counted from the last one.
     """
 
     def __init__(self, wanted: handover_pb2.FetchRequest, facts: FaceFacts, counters: Counter[str]) -> None:
@@ -86,18 +90,29 @@ class FetchAnswer:
         self._first = 0  # of the part that is next
         self._num_frames = 0
         self._is_over = False
+        self._windowed = facts.model.kv_spec.main.windowed if wanted.only_windows else None
+        self._counts = self._windowed is not None
+        self._windows_from = 0  # number of the first of the blocks whose windowed layers are sent
 
     def next_part(self) -> FetchPart | None:
         """The blocks to read next; None: nothing follows. `frame` must be called with them."""
         if self._is_over or self._first >= len(self._identities):
             return None
-        asked = self._identities[self._first : self._first + self._identities_per_frame()]
-        return FetchPart(tuple(asked), self._wanted.first_token + self._first * HASH_BLOCK_TOKENS)
+        if self._counts:
+            return FetchPart(tuple(self._identities), self._wanted.first_token, Reading.NOTHING)
+        is_before = self._first < self._windows_from
+        end = self._windows_from if is_before else len(self._identities)
+        end = min(end, self._first + self._identities_per_frame())
+        asked, how = self._identities[self._first : end], Reading.WITHOUT_WINDOWS if is_before else Reading.ALL
+        return FetchPart(tuple(asked), self._wanted.first_token + self._first * HASH_BLOCK_TOKENS, how)
 
     def frame(self, found: BlocksFetched) -> bytes | None:
         """The frame of the last part, of which these blocks are held; None: of none."""
         part = self.next_part()
         assert part is not None, "no part was asked for"
+        if part.how is Reading.NOTHING:
+            self._count(found.num_blocks)
+            return None
         self._first += len(part.identities)
         self._is_over = found.num_blocks < len(part.identities)
         if not found.num_blocks:
@@ -116,6 +131,13 @@ class FetchAnswer:
         )
         is_last = self._is_over or self._first >= len(self._identities)
         return encode_frame(label, sections, is_last=is_last)
+
+    def _count(self, num_held: int) -> None:
+        self._counts = False
+        del self._identities[num_held:]
+        start = self._wanted.first_token
+        first = first_needed(self._windowed, start + num_held * HASH_BLOCK_TOKENS)
+        self._windows_from = max(0, first - start) // HASH_BLOCK_TOKENS
 
     def _identities_per_frame(self) -> int:
         facts = self._facts

@@ -112,7 +112,8 @@ class KeepTask:
     def _get_blocks(self) -> None:
         copied, model, now_s = self._copied, self._facts.model, self._tools.clock.now_s()
         identities = copied.names.identities[self._held // HASH_BLOCK_TOKENS :]
-        wanted = Wanted(identities, self._held, model.numerics_class if model.deterministic else None)
+        numerics_class = model.numerics_class if model.deterministic else None
+        wanted = Wanted(identities, self._held, numerics_class, model.kv_spec.main.windowed)
         fetch = BlockFetch(wanted, self._tools.timing.silence_s, self._deadline_s, now_s)
         host = self._connect(copied.address, KEEP_S)
         self._fetch = KvFetch(fetch, host, copied, self._tools, self._fetched)

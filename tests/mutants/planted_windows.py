@@ -1,0 +1,70 @@
+"""Mutants of what leaves out the layers that have windows, and of what must not use them then."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant("kv/windows.py", "        del found[:1]  #", "        pass  #"),
+    Mutant("kv/windows.py", "max(0, begin - windowed.tokens + 1)", "max(0, begin - windowed.tokens + 100)"),
+    Mutant("kv/windows.py", "    begin = start - start % WINDOW_STEP\n", "    begin = start\n"),
+    Mutant("kv/windows.py", "    return seen - seen % WINDOW_STEP\n", "    return seen\n"),
+    Mutant("kv/windows.py", "    return first if first > held else 0\n", "    return first\n"),
+    Mutant("kv/windows.py", "if first <= block < held", "if first < block < held"),
+    Mutant("kv/windows.py", "    return held\n\n\ndef layer_runs", "    return stored\n\n\ndef layer_runs"),
+    Mutant("kv/windows.py", "or stored >= num_tokens - 1 - (num_tokens - 1) % WINDOW_STEP", "or stored == num_tokens"),
+    Mutant("kv/store/store.py", "        if lacking.any() and not without_windows:\n", "        if False:\n"),
+    Mutant(
+        "kv/store/store.py", "            self._lacking_generation[blocks, units] = generations\n", "            pass\n"
+    ),
+    Mutant(
+        "kv/store/store.py",
+        "        if self._windowed.size:\n            for held in ranges:\n",
+        "        if False:\n            for held in ranges:\n",
+    ),
+    Mutant("kv/store/store.py", "        self._lacking_generation[blocks, units] = _NOT_SEALED\n\n", "\n"),
+    Mutant(
+        "kv/store/store.py",
+        "self._lacking_generation[blocks, units] == generations",
+        "self._lacking_generation[blocks, units] > 0",
+    ),
+    Mutant(
+        "kv/store/store.py",
+        "                store.clear(self._windowed.tolist(), blocks, units)\n",
+        "                pass\n",
+    ),
+    Mutant("kv/store/store.py", "wanted[self._windowed] *= not lacks", "wanted[self._windowed] *= 1"),
+    Mutant("kv/cache/prefix.py", "        while self._lacking and held:\n", "        while False:\n"),
+    Mutant("kv/cache/prefix.py", "            held = found  #", "            break  #"),
+    Mutant("kv/cache/prefix.py", "                self._replace(entry, result[i])\n", "                pass\n"),
+    Mutant("kv/cache/prefix.py", "and i not in lacking:\n", "and True:\n"),
+    Mutant(
+        "kv/cache/prefix.py",
+        "        self._pool.mark_plain(entry.block)\n        entry.block = block\n",
+        "        entry.block = block\n",
+    ),
+    Mutant("kv/handover/sender.py", "(edge if start < edge < end else end)", "end"),
+    Mutant("engine/commands.py", "            sequence.lacking.update(hash_blocks)\n", "            pass\n"),
+    Mutant(
+        "engine/commands.py",
+        "            sequence.num_computed = self._lives.holdings.furthest_start(sequence, kept)\n",
+        "            sequence.num_computed = kept - kept % HASH_BLOCK_TOKENS\n",
+    ),
+    Mutant("engine/commands.py", "                if command.how is Reading.ALL:\n                    break\n", ""),
+    Mutant(
+        "engine/commands.py",
+        "            end = max(start, furthest * HASH_BLOCK_TOKENS)\n",
+        "            pass\n",
+    ),
+    Mutant("engine/cache_manager.py", "        self._note_lacking(sequence)\n", ""),
+    Mutant(
+        "engine/cache_manager.py",
+        "        sequence.lacking |= {number for number in swapped.lacking if number * HASH_BLOCK_TOKENS >= found}\n",
+        "",
+    ),
+    Mutant(
+        "engine/cache_manager.py",
+        "        lacking = {number // span for number in sequence.lacking}\n",
+        "        lacking = set[int]()\n",
+    ),
+]
