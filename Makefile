@@ -57,7 +57,7 @@ campaigns: $(STAMP)-all,test,redis
 
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py \
+	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_paired_workers.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py \
 		tests/system/test_start.py tests/cluster/test_gpu_faults.py tests/system/test_resume.py
 
 # A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost, and one on a Ray

@@ -113,7 +113,7 @@ SwapSpace = Annotated[
 ]
 KvTransport = Annotated[
     str | None,
-    typer.Option(help="Of hand-overs: auto, grpc, or shm, shared memory between workers of one host."),
+    typer.Option(help="Of hand-overs: auto, grpc, gloo, or shm, shared memory of one host."),
 ]
 RequireKvTransport = Annotated[
     bool | None, typer.Option("--require-kv-transport", help="Refuse a hand-over that would use less than it.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ from ..engine.link.messages import WriteKv
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.damage import verify_frame
 from ..kv.handover.exported import CountersExport
-from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message
+from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_message, transfer_of
 from ..kv.handover.machine import Action, AskBind, Close, Complete, GotFirstToken, HandoverEnd, Lost, Send, Write
-from ..kv.handover.plane_channel import SHM, LentRing, RingPool
+from ..kv.handover.plane_channel import GLOO, SHM, LentRing, PairedPeers, ReceivingEnd, RingPool
 from ..kv.handover.receiver import FrameArrived, Receiver
 from ..kv.messages import adopt_instants
 from ..kv.spec import HASH_BLOCK_TOKENS, KvSpec
@@ -30,6 +30,34 @@ from ..protos import handover_pb2
 from .speed import Arrival, HandoverSpeed, rate_of
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What an order offers for the planes of its frames, besides the stream. The pull gives it back."""
+
+    ring: LentRing | None = None
+    pair: ReceivingEnd | None = None
+    pair_key: int = 0
+    why_nothing: str = ""  # empty if nothing is wanted
+
+
+NOTHING = Offer()
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """An envelope (None: the stream's end) and, of a frame by a paired channel, its header and planes."""
+
+    envelope: bytes | None
+    header: handover_pb2.FrameHeader | None = None
+    planes: memoryview | None = None
+    is_whole: bool = False  # nothing more comes for it
+
+    @property
+    def is_lost(self) -> bool:
+        """True if a transfer should have brought its planes and did not."""
+        return self.is_whole and self.header is not None and self.planes is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +74,7 @@ class KvPullTools:
     speed: HandoverSpeed = field(default_factory=HandoverSpeed)
     ended: Callable[[Life], None] = forget  # called for every run that is over
     rings: RingPool | None = None  # shared memory for peers on this host; None: all planes come over the stream
+    pairs: PairedPeers | None = None  # paired channels; None: none are offered
 
 
 class PullOwner(Protocol):
@@ -79,12 +108,11 @@ class KvPull:
         owner: PullOwner,
         tools: KvPullTools,
         *,
-        ring: LentRing | None = None,
-        why_no_ring: str = "",
+        offer: Offer = NOTHING,
     ) -> None:
-        """`ring`: the shared memory that the receiver's order offers; None: `why_no_ring`, empty if none is wanted."""
+        """`offer`: what the receiver's order offers for the planes."""
         self.receiver = receiver
-        self.transport_reason = why_no_ring  # why planes do not go through shared memory
+        self.transport_reason = offer.why_nothing  # why planes take the stream
         self.bytes_per_s = 0.0  # of the frames that came after the prompt was computed
         self.timeline = Timeline()  # ours and the peer's instants of this hand-over
         self.prefill_cached_tokens = 0
@@ -93,14 +121,16 @@ class KvPull:
         self._engine_key = engine_key
         self._owner = owner
         self._tools = tools
-        self._ring = ring
+        self._ring = offer.ring
+        self._pair, self._pair_key = offer.pair, offer.pair_key
         self._arrivals: list[Arrival] = []
         self._frame: Frame | None = None  # the one that the machine is handling
         self._opened_at_s = host.now_s()
         export = CountersExport(receiver.counters, "decode", tools.counters)
         self._carrier = Carrier(receiver, host, self._act, export.update)
-        self._envelopes: CheckLine[bytes | None] = CheckLine(host, self._check_of, self._take)
-        host.listen(self._envelopes.put)
+        self._arrived: deque[_Arrival] = deque()  # the first one waits for its planes; bounded by the frames' slots
+        self._envelopes: CheckLine[_Arrival] = CheckLine(host, self._check_of, self._take)
+        host.listen(self._arrive)
         host.after(0.0, self._open)  # later, because the owner does not have its reference to this object yet
 
     # ------------------------------------------------------------------ from the run
@@ -127,36 +157,66 @@ class KvPull:
     def _open(self) -> None:
         self._carrier.do(self.receiver.opened(self._host.now_s()))
 
-    def _check_of(self, envelope: bytes | None) -> Check | None:
-        """The check of a frame's digests; None: it is no frame, or nothing more is wanted."""
-        if envelope is None or self.receiver.is_over:
+    def _arrive(self, envelope: bytes | None) -> None:
+        """Handle an envelope after all earlier ones, and after the planes that a transfer brings."""
+        pair = self._pair if self.receiver.transport == GLOO and not self.receiver.is_over else None
+        header = None if envelope is None or pair is None else transfer_of(envelope)
+        arrival = _Arrival(envelope, header, is_whole=header is None)
+        self._arrived.append(arrival)
+        if header is not None and pair is not None:
+            pair.claim(self._pair_key, header.transfer, partial(self._took, arrival))
+        self._hand_on()
+
+    def _took(self, arrival: _Arrival, planes: memoryview | None) -> None:
+        arrival.planes, arrival.is_whole = planes, True
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        while self._arrived and self._arrived[0].is_whole:
+            self._envelopes.put(self._arrived.popleft())
+
+    def _check_of(self, arrival: _Arrival) -> Check | None:
+        """The check of a frame's digests; None: it is no frame, its planes are lost, or nothing more is wanted."""
+        envelope = arrival.envelope
+        if envelope is None or self.receiver.is_over or arrival.is_lost:
             return None
         try:
-            frame = self._decoded(envelope)
+            frame = self._decoded(arrival)
         except WireError:
             return None  # `_take` comes to it in its turn
         if not isinstance(frame, Frame):
             return None
         tools = self._tools
-        size_bytes = len(envelope) + (0 if frame.slot is None else len(frame.planes))
+        is_apart = frame.slot is not None or arrival.planes is not None
+        size_bytes = len(envelope) + (len(frame.planes) if is_apart else 0)
         holds = partial(verify_frame, frame, tools.digest_key, tools.kv_spec, self.receiver.windows_from)
         return Check(holds, size_bytes, partial(self._judge, frame, size_bytes))
 
-    def _decoded(self, envelope: bytes) -> handover_pb2.HandoverDown | Frame:
+    def _decoded(self, arrival: _Arrival) -> handover_pb2.HandoverDown | Frame:
+        assert arrival.envelope is not None, "the end is no envelope"
         ring = self._ring if self.receiver.transport == SHM else None
-        received = decode_envelope(envelope, memory=None if ring is None else ring.memory)
+        memory = None if ring is None else ring.memory
+        received = decode_envelope(arrival.envelope, memory=memory, planes=arrival.planes)
         if isinstance(received, handover_pb2.HandoverUp):
             raise WireError("a message of the other direction")
         return received
 
-    def _take(self, envelope: bytes | None) -> None:
-        """Handle an envelope that is no frame, after all earlier ones."""
+    def _take(self, arrival: _Arrival) -> None:
+        """Handle an envelope that is no frame, or one whose planes are lost, after all earlier ones."""
         now_s = self._host.now_s()
-        if envelope is None or self.receiver.is_over:
+        if arrival.envelope is None or self.receiver.is_over:
             self._carrier.do(self.receiver.closed(now_s))
             return
+        if arrival.is_lost:
+            # The paired channel has failed: the planes are asked for once more, and take the stream.
+            assert arrival.header is not None
+            self._tools.counters["handover_transfers_lost"] += 1
+            size_bytes = len(arrival.envelope)
+            lost = FrameArrived.of(arrival.header, is_intact=False, num_bytes=size_bytes)
+            self._carrier.do(self.receiver.on_frame(lost, now_s))
+            return
         try:
-            received = self._decoded(envelope)
+            received = self._decoded(arrival)
         except WireError as error:
             self._tools.counters["handover_garbled"] += 1
             self._carrier.do(self.receiver.garbled(now_s, str(error)))
@@ -165,7 +225,7 @@ class KvPull:
         self._note(received)
         self._carrier.do(self.receiver.on_message(received, now_s))
         if received.HasField("started") and self.receiver.transport != SHM:
-            self._give_back(is_orderly=True)  # the peer has not mapped it
+            self._give_back_ring(is_orderly=True)  # the peer has not mapped it
 
     def _judge(self, frame: Frame, size_bytes: int, is_intact: bool) -> None:
         """Pass a frame to the machine after its digests were checked."""
@@ -174,6 +234,7 @@ class KvPull:
             self._carrier.do(self.receiver.closed(now_s))
             return
         if is_intact:
+            self._tools.counters["handover_decode_transfers"] += bool(frame.header.transfer)
             self.timeline.mark(Instant.FIRST_FRAME, now_s)
             self._arrivals.append(Arrival(now_s, size_bytes))
         else:
@@ -230,7 +291,12 @@ class KvPull:
                 raise AssertionError(action)
 
     def _give_back(self, *, is_orderly: bool = False, has_failed: bool = False) -> None:
-        """Give the ring back; only the first call of a hand-over has an effect."""
+        """Give back all that the order offered; only the first call of a hand-over has an effect."""
+        if self._pair is not None:
+            self._pair.close_key(self._pair_key)
+        self._give_back_ring(is_orderly=is_orderly, has_failed=has_failed)
+
+    def _give_back_ring(self, *, is_orderly: bool, has_failed: bool = False) -> None:
         if self._ring is not None:
             self._ring.give_back(is_orderly=is_orderly, has_failed=has_failed)
             self._ring = None

@@ -28,7 +28,7 @@ from ..kv.handover.driver import ClientDriver, FetchDriver
 from ..kv.handover.fetching import BlockFetch
 from ..kv.handover.machine import Fetched, GotFirstToken, Label, Lost
 from ..kv.handover.pairing import CAPABILITIES
-from ..kv.handover.plane_channel import SHM, LentRing
+from ..kv.handover.plane_channel import GLOO, GRPC, SHM
 from ..kv.handover.receiver import Receiver
 from ..kv.handover.transports.grpc import Channels
 from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
@@ -38,9 +38,9 @@ from ..protos import handover_pb2
 from .choice import ChoiceText
 from .fetch import FetchHost, KvFetch
 from .journaling import Journaling
-from .order import Order
+from .order import Order, Peer
 from .outbox import NO_SCORES, Outbox, Scores
-from .pull import REFUSALS, KvPull, KvPullTools
+from .pull import NOTHING, REFUSALS, KvPull, KvPullTools, Offer
 from .report import Ending, HandoverTotals, end_message, life_of
 from .sources import MOST_LEFT_TOKENS, SourceLine
 
@@ -105,6 +105,7 @@ class DecodeTask:
         self._has_asked = False
         self._is_put_off = False  # the engine has answered NotYet
         self._pull_waits = False  # the present pull asked for Bind and has no answer yet
+        self._awaited_pair: Peer | None = None  # whose paired channel is required and being made
         self._held_tokens = 0
         self._last_token_s: float | None = None
         self._gaps_s = array("d")  # between tokens
@@ -241,27 +242,57 @@ class DecodeTask:
     # ------------------------------------------------------------------ the hand-over
 
     def _pull_from_next(self) -> None:
-        peer = self._peers.pop(0)
-        order, tools = self.order, self._tools
-        policy, rings = tools.facts.transport, tools.pull.rings
-        ring, why_no_ring = None, ""
+        peer, required = self._peers.pop(0), self._tools.facts.transport.required
+        pairs = self._tools.pull.pairs
+        if required == GLOO and pairs is not None and pairs.get(peer.address) is None:
+            self._awaited_pair = peer
+
+            def known() -> None:
+                if self._awaited_pair is peer:
+                    self._awaited_pair = None
+                    self._pull_from(peer)
+
+            pairs.when_known(peer.address, known)
+        else:
+            self._pull_from(peer)
+
+    def _offered(self, peer: Peer) -> Offer | None:
+        """What is offered to a peer for the planes; None: less than this worker requires."""
+        policy, rings, pairs = self._tools.facts.transport, self._tools.pull.rings, self._tools.pull.pairs
         if rings is not None and policy.may_share:
-            why_no_ring = rings.why_none(peer.address)
+            why = rings.why_none(peer.address)
             ring = rings.take(peer.address)
-        if ring is None and policy.required == SHM:
-            self._go_local("no_shared_memory", self._held_tokens, None)
+            offer = Offer(ring, why_nothing="" if ring is not None else why)
+        elif pairs is not None and policy.offers_pair:
+            pair = pairs.get(peer.address)
+            if pair is None:
+                offer = Offer(why_nothing=pairs.why_none(peer.address))
+            else:
+                offer = Offer(pair=pair, pair_key=pair.open_key(self._tools.facts.frame_slots))
+        else:
+            offer = NOTHING
+        found = SHM if offer.ring is not None else GRPC if offer.pair is None else GLOO
+        return offer if policy.required in ("", GRPC, found) else None
+
+    def _pull_from(self, peer: Peer) -> None:
+        if self._verdict is not None:
+            return
+        order, tools = self.order, self._tools
+        offer = self._offered(peer)
+        if offer is None:
+            is_ring = tools.facts.transport.required == SHM
+            self._go_local("no_shared_memory" if is_ring else "no_paired_channel", self._held_tokens, None)
             return
         label = Label(order.key.request_id, order.key.choice, order.epoch)
         now_s = tools.pull.clock.now_s()
-        receiver = Receiver(label, self._open(now_s, ring), tools.pull.timing, self._deadline_s, now_s)
+        receiver = Receiver(label, self._open(now_s, offer), tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
         host = tools.connect(order.engine_key, peer.address)
-        why = why_no_ring if ring is None else ""
-        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull, ring=ring, why_no_ring=why)
+        self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull, offer=offer)
 
-    def _open(self, now_s: float, ring: LentRing | None) -> handover_pb2.Open:
+    def _open(self, now_s: float, offer: Offer) -> handover_pb2.Open:
         order, facts = self.order, self._tools.facts
         return handover_pb2.Open(
             prompt_ids=order.prompt_ids,
@@ -278,7 +309,9 @@ class DecodeTask:
             priority=order.priority,
             emitted_tokens=order.num_emitted,
             identity_root=order.prompt.names.root,
-            shared_memory=None if ring is None else ring.memory.offer(),
+            shared_memory=None if offer.ring is None else offer.ring.memory.offer(),
+            pair=0 if offer.pair is None else offer.pair.number,
+            pair_key=offer.pair_key,
             required_transport=facts.transport.required,
             tensor_parallel_size=facts.num_ranks,
             windows_from=windows_from(facts.model.kv_spec.main.windowed, self._held_tokens, len(order.prompt_ids)),
@@ -377,6 +410,7 @@ class DecodeTask:
         """The engine has freed the sequence: report the end to the router, exactly once."""
         if self._tools.journal is not None:
             self._tools.journal.end(self.order.engine_key)
+        self._awaited_pair = None
         if self._fetch is not None:
             self._fetch.cancel()
             self._fetch = None

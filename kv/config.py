@@ -45,17 +45,17 @@ class CacheConfig(Section):
     prefix_caching: bool = Field(True, description="keep finished blocks findable by the prompts that come later")
     frame_bytes: int = Field(2 << 20, ge=4096, le=16 << 20, description="planes per hand-over frame, at most")
     frame_slots: int = Field(8, ge=1, le=256, description="frames under way per hand-over")
-    transport: Literal["auto", "grpc", "shm"] = Field(
+    transport: Literal["auto", "grpc", "shm", "gloo"] = Field(
         "auto",
-        description="of hand-overs: shm is shared memory between workers of one host; auto: shm where it can be, else "
-        "grpc",
+        description="of hand-overs: shm is shared memory between workers of one host; gloo a channel of two ranks, not "
+        "encrypted; auto: shm where it can be, else grpc",
     )
     require_transport: bool = Field(False, description="refuse a hand-over that would use less than transport")
     ring_bytes: int = Field(
         128 << 20,
         ge=0,
         le=64 << 30,
-        description="shared memory per worker for hand-overs to it; those beyond it go through grpc",
+        description="shared memory or slots of channels per worker for hand-overs; those beyond it go through grpc",
     )
 
     journal_bytes_per_s: float = Field(
@@ -73,7 +73,17 @@ class CacheConfig(Section):
     @property
     def shared_bytes(self) -> int:
         """Most shared memory of a worker's hand-overs."""
-        return 0 if self.transport == "grpc" else self.ring_bytes
+        return self.ring_bytes if self.transport in ("auto", "shm") else 0
+
+    @property
+    def paired_bytes(self) -> int:
+        """Most memory of a worker's ends of paired channels. A decode worker offers either these or shared memory."""
+        return self.ring_bytes if self.transport in ("auto", "gloo") else 0
+
+    @property
+    def handover_bytes(self) -> int:
+        """Most memory of a worker's hand-overs, for the plan."""
+        return max(self.shared_bytes, self.paired_bytes)
 
     @property
     def swap_bytes(self) -> int:

@@ -16,7 +16,7 @@ from ..kv.handover.driver import Driver
 from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame, tokens_per_slot
 from ..kv.handover.machine import Label
 from ..kv.handover.pairing import CAPABILITIES, why_refused
-from ..kv.handover.plane_channel import GRPC, PlaneMemory, UnusableMemory
+from ..kv.handover.plane_channel import GLOO, GRPC, PlaneMemory, SendingEnd, UnusableMemory
 from ..kv.handover.sender import Sender, refuse
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
 from ..kv.messages import error_to_wire, sampling_from_wire, scope_from_wire, spec_from_wire
@@ -147,14 +147,23 @@ class PrefillService:
         sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
         self._check_compatible(sender.order)
         submit = self._submit(sender, now_s)
-        memory = self._share(sender, frame_tokens)
+        pair = self._paired(sender)
+        memory = None if pair is not None else self._share(sender, frame_tokens)
         try:
             slot = tools.adapters.hold(sender.order.adapter)  # last: what follows cannot fail
         except TwostrokeError:
             if memory is not None:
                 memory.close()
             raise
-        return PrefillTask(sender, replace(submit, adapter_slot=slot), host, tools, memory)
+        return PrefillTask(sender, replace(submit, adapter_slot=slot), host, tools, memory, pair=pair)
+
+    def _paired(self, sender: Sender) -> SendingEnd | None:
+        """Have the sender use the paired channel that the peer offers; None: it offers none that is open here."""
+        own = self._facts.transport.required
+        pair = self._tools.pair(sender.order.pair) if sender.order.pair and own in ("", GLOO) else None
+        if pair is not None:
+            sender.pair()
+        return pair
 
     def _share(self, sender: Sender, frame_tokens: int) -> PlaneMemory | None:
         """Map the peer's ring, and have the sender use it; None: planes travel over the stream.
@@ -180,10 +189,13 @@ class PrefillService:
         return memory
 
     def _mapped(self, order: handover_pb2.Open) -> PlaneMemory:
+        wanted = self._facts.transport.wanted
+        if order.pair:
+            raise UnusableMemory("the paired channel is not open on the prefill worker")
         if not order.HasField("shared_memory"):
             raise UnusableMemory("the peer offers no shared memory")
         if not self._facts.transport.may_share or self._tools.open_memory is None:
-            raise UnusableMemory("this prefill worker's cache.transport is grpc")
+            raise UnusableMemory(f"this prefill worker's cache.transport is {wanted}")
         size = order.shared_memory.slot_bytes
         if not tokens_per_slot(self._facts.model.kv_spec, size):
             raise UnusableMemory(f"slots of {size} bytes hold no hash block")

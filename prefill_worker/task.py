@@ -21,9 +21,9 @@ from ..engine.link.client import EngineClient, SequenceEvent
 from ..kv.handover.carrier import Carrier, Check, CheckLine, StreamHost
 from ..kv.handover.damage import verify_sections
 from ..kv.handover.exported import CountersExport
-from ..kv.handover.frames import FrameLabel, WireError, decode_envelope, encode_frame, encode_message
+from ..kv.handover.frames import FrameApart, FrameLabel, WireError, decode_envelope, encode_frame, encode_message
 from ..kv.handover.machine import Abort, Action, Close, EngineBound, EngineNotYet, Read, ReleaseBlocks, Send, SendFrame
-from ..kv.handover.plane_channel import OpenMemory, PlaneMemory, PlaneSlot
+from ..kv.handover.plane_channel import OpenMemory, PlaneMemory, PlaneSlot, SendingEnd
 from ..kv.handover.sender import Sender
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
 from ..kv.section import PlaneBuffer, SectionData
@@ -32,6 +32,11 @@ from ..protos import handover_pb2
 log = logging.getLogger(__name__)
 
 MAX_READS = 2  # of the same planes: they are read once more if they do not match their seals
+
+
+def _no_pair(number: int) -> SendingEnd | None:
+    del number
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class PrefillTaskTools:
     counters: Counter[str]
     ended: Callable[[Life], None] = forget  # called for every job that is over
     open_memory: OpenMemory | None = None  # maps a peer's shared memory; None: this worker cannot
+    pair: Callable[[int], SendingEnd | None] = _no_pair  # the open paired channel of a number
     adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
 
 
@@ -60,10 +66,13 @@ class PrefillTask:
         host: StreamHost,
         tools: PrefillTaskTools,
         memory: PlaneMemory | None = None,
+        *,
+        pair: SendingEnd | None = None,
     ) -> None:
-        """`memory`: the peer's ring that the sender shares; closed at the end of the hand-over."""
+        """`memory`: the peer's ring that the sender shares; closed at the end of the hand-over. `pair`: its channel."""
         self.sender = sender
         self.memory = memory
+        self._pair = pair
         self._slots: dict[tuple[int, int], int] = {}  # of the ring, by the range that is read into it
         self._submit = submit
         self._host = host
@@ -113,6 +122,8 @@ class PrefillTask:
             self._tools.counters["handover_garbled"] += 1
             self._carrier.do(self.sender.garbled(now_s, str(error)))
         else:
+            if message.HasField("refetch"):
+                self._pair = None  # what was lost or damaged once takes the stream, also if we do not know why yet
             self._carrier.do(self.sender.on_message(message, now_s))
 
     # ------------------------------------------------------------------ the engine's events
@@ -253,6 +264,10 @@ class PrefillTask:
         label = FrameLabel(
             self.sender.label, action.sequence, self._tools.numerics_class, action.token_start, action.token_count
         )
+        if self._pair is not None:
+            frame = FrameApart(label, sections, is_last=action.is_last)
+            key = self.sender.order.pair_key
+            return frame.encode(self._pair.send(key, frame.planes, frame.num_bytes))
         return encode_frame(label, sections, is_last=action.is_last, slot=slot)
 
 

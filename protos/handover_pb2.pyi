@@ -34,7 +34,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class HandoverUp(_message.Message):
-    """Raw-bytes methods: /twostroke.v1.Handover/Transfer, /twostroke.v1.Blocks/Fetch and /twostroke.v1.Blocks/Keep."""
+    """Raw-bytes methods: /twostroke.v1.Handover/Transfer, /twostroke.v1.Handover/Pair, /twostroke.v1.Blocks/Fetch and
+    /twostroke.v1.Blocks/Keep.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -120,6 +122,8 @@ class Open(_message.Message):
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     REQUIRED_TRANSPORT_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
+    PAIR_FIELD_NUMBER: _builtins.int
+    PAIR_KEY_FIELD_NUMBER: _builtins.int
     WINDOWS_FROM_FIELD_NUMBER: _builtins.int
     held_tokens: _builtins.int
     """leading tokens whose KV decode already holds: a multiple of 16, never the whole prompt"""
@@ -138,9 +142,13 @@ class Open(_message.Message):
     identity_root: _builtins.bytes
     """name of the empty prefix as decode makes it: key, weights, numerics, domain, adapter"""
     required_transport: _builtins.str
-    """of planes: "grpc" or "shm"; empty: any. Refused where it cannot be had"""
+    """of planes: "grpc", "shm" or "gloo"; empty: any. Refused where it cannot be had"""
     tensor_parallel_size: _builtins.int
     """of decode; 0: one"""
+    pair: _builtins.int
+    """number of a paired channel (Handover/Pair) that may carry planes; 0: none"""
+    pair_key: _builtins.int
+    """of this hand-over among those that use it"""
     windows_from: _builtins.int
     """layers with a sliding window may be left out of frames of tokens before it: a multiple of 16"""
     @_builtins.property
@@ -178,11 +186,13 @@ class Open(_message.Message):
         shared_memory: Global___SharedMemory | None = ...,
         required_transport: _builtins.str = ...,
         tensor_parallel_size: _builtins.int = ...,
+        pair: _builtins.int = ...,
+        pair_key: _builtins.int = ...,
         windows_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "windows_from", b"windows_from", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "pair", b"pair", "pair_key", b"pair_key", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "windows_from", b"windows_from", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,7 +432,7 @@ class Started(_message.Message):
     cached_tokens: _builtins.int
     """prefill's own cache covers these"""
     transport: _builtins.str
-    """of planes: "shm", else "grpc" """
+    """of planes: "shm" or "gloo", else "grpc" """
     transport_reason: _builtins.str
     """why it is not the offered one"""
     def __init__(
@@ -522,6 +532,7 @@ class FrameHeader(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """empty for Blocks.Fetch"""
     choice: _builtins.int
@@ -534,7 +545,9 @@ class FrameHeader(_message.Message):
     slot: _builtins.int
     """of shared memory, where the planes are; absent: they follow this header"""
     slot_bytes: _builtins.int
-    """of planes in that slot"""
+    """of planes in that slot, or of that transfer"""
+    transfer: _builtins.int
+    """of the paired channel, which brings the planes; 0: none"""
     @_builtins.property
     def epoch(self) -> _worker_pb2.Epoch: ...
     @_builtins.property
@@ -558,10 +571,11 @@ class FrameHeader(_message.Message):
         last: _builtins.bool = ...,
         slot: _builtins.int | None = ...,
         slot_bytes: _builtins.int = ...,
+        transfer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "epoch", b"epoch", "slot", b"slot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "choice", b"choice", "epoch", b"epoch", "identities", b"identities", "last", b"last", "numerics_class", b"numerics_class", "request_id", b"request_id", "sections", b"sections", "sequence", b"sequence", "slot", b"slot", "slot_bytes", b"slot_bytes", "token_count", b"token_count", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slot", b"_slot", "choice", b"choice", "epoch", b"epoch", "identities", b"identities", "last", b"last", "numerics_class", b"numerics_class", "request_id", b"request_id", "sections", b"sections", "sequence", b"sequence", "slot", b"slot", "slot_bytes", b"slot_bytes", "token_count", b"token_count", "token_start", b"token_start", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__slot: _TypeAlias = _typing.Literal["slot"]  # noqa: Y015
     _WhichOneofArgType__slot: _TypeAlias = _typing.Literal["_slot", b"_slot"]  # noqa: Y015
@@ -631,6 +645,200 @@ class Section(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Section: _TypeAlias = Section  # noqa: Y015
+
+@_typing.final
+class PairMessage(_message.Message):
+    """---------------------------------------------------------------- Handover.Pair
+
+    The control stream of a paired channel: two ranks of a collective library between two workers, for the planes of all
+    their hand-overs. Decode opens it. kv/handover/paired_link.py decides what is said.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    ANNOUNCE_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hello(self) -> Global___PairHello:
+        """decode, first"""
+
+    @_builtins.property
+    def accepted(self) -> Global___PairAccepted:
+        """prefill's answer"""
+
+    @_builtins.property
+    def refused(self) -> Global___PairRefused:
+        """or the end of either side, which does not wait until its library has let go"""
+
+    @_builtins.property
+    def entry(self) -> Global___PairEntry:
+        """of the ranks' meeting point, to the other side's copy of it"""
+
+    @_builtins.property
+    def announce(self) -> Global___PairAnnounce:
+        """prefill: a transfer is ready to be sent"""
+
+    @_builtins.property
+    def ready(self) -> Global___PairReady:
+        """decode: its receive is posted"""
+
+    def __init__(
+        self,
+        *,
+        hello: Global___PairHello | None = ...,
+        accepted: Global___PairAccepted | None = ...,
+        refused: Global___PairRefused | None = ...,
+        entry: Global___PairEntry | None = ...,
+        announce: Global___PairAnnounce | None = ...,
+        ready: Global___PairReady | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "announce", b"announce", "body", b"body", "entry", b"entry", "hello", b"hello", "ready", b"ready", "refused", b"refused"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "announce", b"announce", "body", b"body", "entry", b"entry", "hello", b"hello", "ready", b"ready", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "accepted", "refused", "entry", "announce", "ready"]  # noqa: Y015
+    _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
+
+Global___PairMessage: _TypeAlias = PairMessage  # noqa: Y015
+
+@_typing.final
+class PairHello(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """names the channel in Open; random"""
+    backend: _builtins.str
+    slots: _builtins.int
+    slot_bytes: _builtins.int
+    worker_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        backend: _builtins.str = ...,
+        slots: _builtins.int = ...,
+        slot_bytes: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "number", b"number", "slot_bytes", b"slot_bytes", "slots", b"slots", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairHello: _TypeAlias = PairHello  # noqa: Y015
+
+@_typing.final
+class PairAccepted(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairAccepted: _TypeAlias = PairAccepted  # noqa: Y015
+
+@_typing.final
+class PairRefused(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairRefused: _TypeAlias = PairRefused  # noqa: Y015
+
+@_typing.final
+class PairEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    value: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairEntry: _TypeAlias = PairEntry  # noqa: Y015
+
+@_typing.final
+class PairAnnounce(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """from 1, +1 per transfer"""
+    num_bytes: _builtins.int
+    key: _builtins.int
+    """Open.pair_key"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        key: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "key", b"key", "num_bytes", b"num_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairAnnounce: _TypeAlias = PairAnnounce  # noqa: Y015
+
+@_typing.final
+class PairReady(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairReady: _TypeAlias = PairReady  # noqa: Y015
 
 @_typing.final
 class FetchRequest(_message.Message):

@@ -23,7 +23,7 @@ _ERROR_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
 DROP_REASONS = ("unknown_request", "stale_epoch", "wrong_worker", "repeated", "gap", "after_end")
 OUTCOMES = ("finished", "rejected", "cancelled", "failed")
 PLANNER_ACTIONS = ("hold", "change_role", "start", "drain", "stop")
-TRANSPORTS = ("grpc", "shm", "none")
+TRANSPORTS = ("grpc", "shm", "gloo", "none")
 
 
 class RouterMetrics:

@@ -112,7 +112,7 @@ def size_worker(
         model.weight_bytes,
         cache.swap_bytes,
         swaps_elsewhere=device == "cuda",
-        ring_bytes=cache.shared_bytes,
+        ring_bytes=cache.handover_bytes,
         process_bytes=PROCESS_BYTES if device == "cpu" else 0,
         # On a CPU the half of the memory that the pool leaves is for them, too.
         activation_bytes=activation_bytes if device == "cuda" else 0,

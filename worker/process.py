@@ -26,6 +26,7 @@ from ..core.tls.callers import Caller
 from ..core.tls.identity import TlsIdentity, add_port
 from ..decode_worker.journal import Journal, JournalLimits
 from ..decode_worker.journaling import Journaling
+from ..decode_worker.pairs import Pairs, PairShape
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.task import DecodeTaskTools
@@ -36,10 +37,13 @@ from ..engine.link.client import EngineClient
 from ..kv.handover import pairing
 from ..kv.handover.frames import slot_bytes
 from ..kv.handover.plane_channel import RingPool
+from ..kv.handover.transports.communicator import Patience, join_by_torch
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
+from ..kv.handover.transports.paired_end import PairedDestination, PairedSource, PairSettings
 from ..kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
+from ..prefill_worker.pairs import PairService
 from ..prefill_worker.service import PrefillService
 from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
@@ -70,6 +74,8 @@ PORT_REMEDY = "--port, or 0 for any"
 NOBODY = SequenceKey("", 0)
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
 STOP_S = 5.0  # longest time for the engine's last step
+ANY_ADDRESS = ("0.0.0.0", "::")  # then a paired channel uses the address of the machine's name
+PAIR_PATIENCE = Patience(join_s=10.0, operation_s=10.0)
 
 
 class WorkerProcess:
@@ -190,6 +196,7 @@ class WorkerProcess:
             if not await asyncio.to_thread(self._room.engine.join, STOP_S):
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
             await asyncio.to_thread(self._room.close)
+            await self.pairs.close()
             self.decode.close()
             self._journal.close()
             if self.rings is not None:
@@ -290,7 +297,15 @@ class WorkerProcess:
         table = AdapterTable(bounds, self.dispatcher.drop_adapter)
         self._metrics.adapters = lambda: table.served
         self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
-        pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, **common)
+        self.pairs = self._pairs(facts)
+        self.pairing = PairService(
+            self._source,
+            facts.transport,
+            settings.cache.paired_bytes,
+            self.counters,
+            has_certificates=self._tls is not None,
+        )
+        pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, pairs=self.pairs, **common)
         limits = JournalLimits(settings.cache.journal_bytes_per_s)
         journal = Journal(limits, facts.model.kv_spec.bytes_per_token, facts.block_tokens)
         self._journal = Journaling(journal, self._channels, self._clock, self.counters, lambda: self.address)
@@ -298,7 +313,11 @@ class WorkerProcess:
         self.keep = KeepService(facts, pull, lambda address, s: decoding.connect_source(NOBODY, address, s))
         self.decode = DecodeService(decoding, room.tokenizer, settings.orphan_grace_s)
         job = PrefillTaskTools(
-            numerics_class=facts.model.numerics_class, open_memory=open_ring, adapters=table, **common
+            numerics_class=facts.model.numerics_class,
+            open_memory=open_ring,
+            pair=self.pairing.get,
+            adapters=table,
+            **common,
         )
         max_streams = settings.step.max_waiting + facts.max_num_seqs
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
@@ -306,6 +325,31 @@ class WorkerProcess:
         self.fetch = FetchService(facts, self.dispatcher, self.counters, self.departing)
         self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)
         self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
+
+    def _pairs(self, facts: FaceFacts) -> Pairs:
+        """Paired channels of this worker as decode; none are made unless its transport says so."""
+        shape = PairShape(facts.frame_slots, slot_bytes(facts.model.kv_spec, facts.frame_bytes))
+
+        def make(number: int, shape: PairShape) -> PairedDestination:
+            return PairedDestination(number, shape.slots, shape.slot_bytes, self._pair_settings)
+
+        return Pairs(
+            make,
+            self._channels.pair,
+            self._clock,
+            self.counters,
+            shape=shape,
+            max_bytes=self.settings.cache.paired_bytes,
+            worker_id=facts.worker_id,
+        )
+
+    def _source(self, slots: int, slot_bytes: int) -> PairedSource:
+        return PairedSource(slots, slot_bytes, self._pair_settings)
+
+    @property
+    def _pair_settings(self) -> PairSettings:
+        host = self._host()
+        return PairSettings("" if host in ANY_ADDRESS else host, PAIR_PATIENCE, join_by_torch)
 
     def _face_load(self) -> FaceLoad:
         return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s, self._gpus())
@@ -357,7 +401,9 @@ class WorkerProcess:
     async def _bind(self) -> None:
         host, port = self._host(), self.settings.port
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
-        server.add_generic_rpc_handlers(handlers(self.prefill.transfer, self.fetch.fetch, self.keep.keep))
+        server.add_generic_rpc_handlers(
+            handlers(self.prefill.transfer, self.pairing.pair, self.fetch.fetch, self.keep.keep)
+        )
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
         enable_reflection(server)

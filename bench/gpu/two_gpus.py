@@ -26,7 +26,7 @@ import torch
 from report import machine, spread, table
 
 from twostroke.kv.handover.paired_link import Announce, Deliver, DestinationEnd, Free, Ready, SourceEnd
-from twostroke.kv.handover.transports.communicator import Backend, Patience, make_store
+from twostroke.kv.handover.transports.communicator import Backend, Patience, join_by_torch, make_store
 from twostroke.kv.handover.transports.paired_channel import PairedChannel
 
 HOST, PATIENCE_S, SLOTS, WAIT_S = "127.0.0.1", 30.0, 4, 0.0002
@@ -52,8 +52,7 @@ def source(pipe: Connection, port: int, backend: Backend, slot_bytes: int, count
     channel = PairedChannel(
         SourceEnd(PATIENCE_S),
         memory,
-        backend,
-        lambda: make_store(HOST, port, PATIENCE_S, is_master=False),
+        join_by_torch(backend, lambda: make_store(HOST, port, PATIENCE_S, is_master=False)),
         PATIENCE,
         say=lambda message: pipe.send((message.id, message.num_bytes)),
         told=lambda action: free.append(action.slot),
@@ -90,7 +89,8 @@ class Receiver:
         self.child.start()
         theirs.close()
         end = DestinationEnd(SLOTS, slot_bytes, PATIENCE_S)
-        self.channel = PairedChannel(end, self.memory, backend, lambda: store, PATIENCE, say=self._say, told=self._told)
+        join = join_by_torch(backend, lambda: store)
+        self.channel = PairedChannel(end, self.memory, join, PATIENCE, say=self._say, told=self._told)
 
     def until(self, count: int) -> None:
         """Receive until `count` transfers came, or the link is gone."""

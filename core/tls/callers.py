@@ -41,6 +41,7 @@ ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Worker/LoadAdapter": frozenset({Caller.ROUTER, Caller.OPERATOR}),
     "/twostroke.v1.Worker/UnloadAdapter": frozenset({Caller.ROUTER, Caller.OPERATOR}),
     "/twostroke.v1.Handover/Transfer": frozenset({Caller.WORKER}),
+    "/twostroke.v1.Handover/Pair": frozenset({Caller.WORKER}),
     "/twostroke.v1.Blocks/Fetch": frozenset({Caller.WORKER}),
     "/twostroke.v1.Blocks/Keep": frozenset({Caller.WORKER}),
     "/grpc.health.v1.Health/Check": _EVERYBODY,

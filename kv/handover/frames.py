@@ -29,7 +29,7 @@ from ..digest import U64
 from ..section import PLANE_ALIGNMENT, SectionData
 from ..spec import HASH_BLOCK_TOKENS, KvSpec
 from .machine import Label
-from .plane_channel import PlaneMemory, PlaneSlot
+from .plane_channel import PlaneMemory, Planes, PlaneSlot
 
 VERSION = 1
 MAX_ENVELOPE_BYTES = 64 << 20
@@ -112,6 +112,39 @@ def encode_frame(
 
     With a `slot`, its memory receives the planes, and planes that lie at their place in it already are not copied.
     """
+    header, planes = _laid_out(label, sections, is_last, slot)
+    if slot is not None:
+        header.slot, header.slot_bytes = slot.number, planes.num_bytes
+    body = header.SerializeToString()
+    start = _start(_FRAME, body)
+    if slot is not None:
+        return start + body
+    return b"".join([start, body, bytes(-(len(start) + len(body)) % _ALIGN), *planes.parts])
+
+
+class FrameApart:
+    """A frame whose planes travel apart from its header, by a paired channel, which takes them before it is encoded."""
+
+    def __init__(self, label: FrameLabel, sections: Sequence[SectionData], *, is_last: bool) -> None:
+        self._header, planes = _laid_out(label, sections, is_last, None)
+        self.planes: Planes = planes.parts
+        self.num_bytes = planes.num_bytes
+
+    def encode(self, transfer: int | None) -> bytes:
+        """The envelope. `transfer`: number of the transfer that brings the planes; None: they follow their header."""
+        if transfer is not None:
+            self._header.transfer, self._header.slot_bytes = transfer, self.num_bytes
+        body = self._header.SerializeToString()
+        start = _start(_FRAME, body)
+        if transfer is not None:
+            return start + body
+        return b"".join([start, body, bytes(-(len(start) + len(body)) % _ALIGN), *self.planes])
+
+
+def _laid_out(
+    label: FrameLabel, sections: Sequence[SectionData], is_last: bool, slot: PlaneSlot | None
+) -> tuple[pb.FrameHeader, _Planes]:
+    """A frame's header, which does not say yet where the planes are, and the planes."""
     mine = label.label
     header = pb.FrameHeader(
         request_id=mine.request_id,
@@ -144,13 +177,7 @@ def encode_frame(
         if section.scales is not None:
             message.scale_offset = planes.append(section.scales)
             message.scale_bytes = section.scales.nbytes
-    if slot is not None:
-        header.slot, header.slot_bytes = slot.number, planes.num_bytes
-    body = header.SerializeToString()
-    start = _start(_FRAME, body)
-    if slot is not None:
-        return start + body
-    return b"".join([start, body, bytes(-(len(start) + len(body)) % _ALIGN), *planes.parts])
+    return header, planes
 
 
 def _packed(digests: U64) -> bytes:
@@ -205,12 +232,26 @@ def _start(kind: int, body: bytes) -> bytes:
 # ------------------------------------------------------------------ in
 
 
+def transfer_of(envelope: bytes) -> pb.FrameHeader | None:
+    """The header of a frame whose planes travel by a paired channel; None: it is none, or malformed."""
+    try:
+        kind, body, _ = _opened(envelope)
+        header = pb.FrameHeader.FromString(body) if kind == _FRAME else None
+    except (WireError, DecodeError):
+        return None
+    return header if header is not None and header.transfer else None
+
+
 def decode_envelope(
-    envelope: bytes, max_bytes: int = MAX_ENVELOPE_BYTES, memory: PlaneMemory | None = None
+    envelope: bytes,
+    max_bytes: int = MAX_ENVELOPE_BYTES,
+    memory: PlaneMemory | None = None,
+    planes: memoryview | None = None,
 ) -> pb.HandoverUp | pb.HandoverDown | Frame:
     """Decode one envelope to its control message or frame.
 
-    `memory`: the ring that both sides agreed on; None: planes must be in the envelope.
+    `memory`: the ring that both sides agreed on; None: planes must be in the envelope. `planes`: what the transfer
+    that the header names has brought.
 
     Raises:
         WireError: the envelope is cut off, damaged, too large, or of another version.
@@ -221,10 +262,12 @@ def decode_envelope(
     try:
         if kind == _FRAME:
             header = pb.FrameHeader.FromString(body)
-            planes = _slot(header, memory) if header.HasField("slot") else _planes(envelope, end)
-            if header.HasField("slot") and end != len(envelope):
-                raise WireError(f"{len(envelope) - end} bytes after the header of planes in shared memory")
-            return _frame(header, planes)
+            is_apart = header.HasField("slot") or bool(header.transfer)
+            if is_apart and end != len(envelope):
+                raise WireError(f"{len(envelope) - end} bytes after the header of planes that travel apart")
+            if header.transfer:
+                return _frame(header, _brought(header, planes))
+            return _frame(header, _slot(header, memory) if is_apart else _planes(envelope, end))
         message = (pb.HandoverUp if kind == _UP else pb.HandoverDown).FromString(body)
     except DecodeError as error:
         raise WireError(f"no protobuf message: {error}") from None
@@ -260,6 +303,14 @@ def _planes(envelope: bytes, end: int) -> memoryview:
     if len(envelope) < start or any(envelope[end:start]):
         raise WireError("no zeros between header and planes")
     return memoryview(envelope)[start:]
+
+
+def _brought(header: pb.FrameHeader, planes: memoryview | None) -> memoryview:
+    if planes is None or header.HasField("slot"):
+        raise WireError("planes of a paired channel, which was not agreed on")
+    if header.slot_bytes != len(planes):
+        raise WireError(f"transfer {header.transfer} brought {len(planes)} bytes, not {header.slot_bytes}")
+    return planes.toreadonly()
 
 
 def _slot(header: pb.FrameHeader, memory: PlaneMemory | None) -> memoryview:

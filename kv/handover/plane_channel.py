@@ -1,21 +1,25 @@
-"""Memory that carries frames' planes beside their stream, and the choice between it and the stream. Pure.
+"""What carries frames' planes beside their stream, and the choice between it and the stream. Pure.
 
-The *plane channel* of a hand-over is the stream itself ("grpc": planes follow their header) or a ring of slots in
-memory that both processes map ("shm": the header names a slot). Decode makes the ring and offers it in Open; prefill
-maps it and answers in Started. `transports/shared_memory.py` has the real memory.
+The *plane channel* of a hand-over is the stream itself ("grpc": planes follow their header), a ring of slots in
+memory that both processes map ("shm": the header names a slot), or a paired channel ("gloo": the header names a
+transfer). Decode makes ring and channel and offers them in Open; prefill answers in Started.
+`transports/shared_memory.py` has the real memory, `transports/paired_end.py` the ends of a paired channel: it belongs
+to two workers and carries the planes of all their hand-overs. When it fails, frames take the stream again, and those
+that were on their way are asked for once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from ...protos import handover_pb2 as pb
 
-Transport = Literal["grpc", "shm"]
+Transport = Literal["grpc", "shm", "gloo"]
 GRPC: Transport = "grpc"
 SHM: Transport = "shm"
+GLOO: Transport = "gloo"
 
 DISTRUSTED = 100  # hand-overs from a peer that use the stream after shared memory gave wrong bytes
 MAX_DISTRUSTED = 1024  # peers
@@ -77,7 +81,7 @@ class PlaneSlot(NamedTuple):
 class TransportPolicy:
     """Which plane channels a worker may use."""
 
-    wanted: Literal["auto", "grpc", "shm"] = "auto"  # auto: shared memory where both sides can, else gRPC
+    wanted: Literal["auto", "grpc", "shm", "gloo"] = "auto"  # auto: shared memory where both sides can, else gRPC
     is_required: bool = False  # refuse a hand-over that would use less than `wanted`
 
     @property
@@ -88,7 +92,82 @@ class TransportPolicy:
     @property
     def may_share(self) -> bool:
         """True if planes may go through shared memory."""
-        return self.wanted != GRPC
+        return self.wanted in ("auto", SHM)
+
+    @property
+    def may_pair(self) -> bool:
+        """True if planes may go through a paired channel that decode offers."""
+        return self.wanted in ("auto", GLOO)
+
+    @property
+    def offers_pair(self) -> bool:
+        """True if this worker, as decode, offers paired channels."""
+        return self.wanted == GLOO
+
+
+Planes = Sequence[bytes | memoryview]
+"""Planes of one frame, with the padding between them, in parts."""
+
+
+class SendingEnd(Protocol):
+    """Prefill's end of a paired channel. Called on the loop; returns at once."""
+
+    @property
+    def is_open(self) -> bool:
+        """True if both ranks have joined and nothing has failed."""
+        ...
+
+    def send(self, key: int, planes: Planes, num_bytes: int) -> int | None:
+        """Send planes for the hand-over `key`; returns the transfer's number for the frame's header.
+
+        None: the channel is not usable, or its slots are too small; the planes must take the stream.
+        """
+        ...
+
+
+class ReceivingEnd(Protocol):
+    """Decode's end of a paired channel. Called on the loop; returns at once."""
+
+    @property
+    def number(self) -> int:
+        """Its number in Open."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """True if both ranks have joined and nothing has failed."""
+        ...
+
+    def open_key(self, most: int) -> int:
+        """Begin a hand-over that has at most `most` transfers under way; returns its key. `close_key` must follow."""
+        ...
+
+    def close_key(self, key: int) -> None:
+        """The hand-over is over: what still comes for it is dropped. Idempotent."""
+        ...
+
+    def claim(self, key: int, transfer: int, took: Callable[[memoryview | None], None]) -> None:
+        """Pass the planes of a transfer to `took` when they are here; None: they will not come.
+
+        `took` is never called inside this call.
+        """
+        ...
+
+
+class PairedPeers(Protocol):
+    """The paired channels of one decode worker."""
+
+    def get(self, peer: str) -> ReceivingEnd | None:
+        """The open channel to a prefill worker. None: there is none now; one is made beside, if that may help."""
+        ...
+
+    def why_none(self, peer: str) -> str:
+        """Why `get` gave none."""
+        ...
+
+    def when_known(self, peer: str, act: Callable[[], None]) -> None:
+        """Call `act` when a channel that is being made is open or has failed; soon, if none is being made."""
+        ...
 
 
 class LentRing:

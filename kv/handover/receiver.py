@@ -40,7 +40,7 @@ from .machine import (
     UpBody,
     Write,
 )
-from .plane_channel import GRPC, SHM, Transport
+from .plane_channel import GLOO, GRPC, SHM, Transport
 
 _MISSING, _VERIFIED, _STORED = 0, 1, 2
 
@@ -304,6 +304,10 @@ class Receiver:
             if not self._order.HasField("shared_memory"):
                 return self._lose(HandoverEnd.PROTOCOL, now_s, "planes in shared memory that was not offered")
             self.transport = SHM
+        elif started.transport == GLOO:
+            if not self._order.pair:
+                return self._lose(HandoverEnd.PROTOCOL, now_s, "planes by a paired channel that was not offered")
+            self.transport = GLOO
         required = self._order.required_transport
         if required not in ("", self.transport):
             detail = f"{required} is required, and the peer uses {self.transport}: {started.transport_reason}"

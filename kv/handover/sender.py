@@ -42,7 +42,7 @@ from .machine import (
     Send,
     SendFrame,
 )
-from .plane_channel import GRPC, SHM, Transport
+from .plane_channel import GLOO, GRPC, SHM, Transport
 
 
 class SenderState(StrEnum):
@@ -128,8 +128,13 @@ class Sender:
         self._slots = min(self._slots, slots)
         self._free = list(range(self._slots))
 
+    def pair(self) -> None:
+        """Use the paired channel that decode offered; call it before `started`. Its slots are its own business."""
+        assert self.state is SenderState.QUEUED, self.state
+        self.transport = GLOO
+
     def decline(self, reason: str) -> None:
-        """Do not use the shared memory that decode offered; Started says why."""
+        """Do not use the shared memory or channel that decode offered; Started says why."""
         self._transport_reason = reason
 
     def leaves_out_windows(self, token_start: int, token_count: int) -> bool:

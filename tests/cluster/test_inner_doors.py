@@ -23,7 +23,7 @@ from twostroke.core.inside import InsideChannel
 from twostroke.core.ports import free_ports
 from twostroke.core.proof import ANSWER_HEADER, CALL_HEADER, Claim, call_header
 from twostroke.core.request import Role
-from twostroke.kv.handover.transports.grpc import FETCH, TRANSFER
+from twostroke.kv.handover.transports.grpc import FETCH, PAIR, TRANSFER
 from twostroke.kv.keys import proof_key
 from twostroke.protos import common_pb2, worker_pb2, worker_pb2_grpc
 from twostroke.router.config import RouterConfig
@@ -37,7 +37,8 @@ OURS = [
     for file in sorted(Path(common_pb2.__file__).parent.glob("*_pb2.py"))
 ]
 FOR_CLIENTS = {"twostroke.v1.Inference"}  # has API keys
-FORMS = {TRANSFER: ("stream", "stream"), FETCH: ("unary", "stream")}  # they carry raw bytes, and are in no descriptor
+# they carry raw bytes, and are in no descriptor
+FORMS = {TRANSFER: ("stream", "stream"), PAIR: ("stream", "stream"), FETCH: ("unary", "stream")}
 HEALTH_LIST = "/grpc.health.v1.Health/List"
 DESCRIBE = "/twostroke.v1.Worker/Describe"
 

@@ -26,7 +26,7 @@ from twostroke.core.request import Role
 from twostroke.core.tls.callers import ALLOWED, Caller
 from twostroke.core.tls.identity import HandshakeRefused, TlsIdentity
 from twostroke.kv.config import CacheConfig
-from twostroke.kv.handover.transports.grpc import FETCH, TRANSFER
+from twostroke.kv.handover.transports.grpc import FETCH, PAIR, TRANSFER
 from twostroke.kv.keys import proof_key
 from twostroke.protos import common_pb2
 from twostroke.router.config import RouterConfig
@@ -34,7 +34,7 @@ from twostroke.router.process import RouterProcess
 
 KEY = proof_key(CLUSTER_KEY)
 ANNOUNCE = "/twostroke.v1.Announce/Announce"
-STREAMS = {TRANSFER, ANNOUNCE, "/twostroke.v1.Worker/Session"}
+STREAMS = {TRANSFER, PAIR, ANNOUNCE, "/twostroke.v1.Worker/Session"}
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 ROUTERS = [path for path in ALLOWED if path.startswith(("/twostroke.v1.Announce/", "/twostroke.v1.Peers/"))]
 WORKERS = [path for path in ALLOWED if path not in ROUTERS and "/grpc." not in path]

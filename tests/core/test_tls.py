@@ -19,7 +19,7 @@ from twostroke.core.inside import InsideChannel
 from twostroke.core.tls import identity
 from twostroke.core.tls.callers import ALLOWED, Caller, caller_in, may_call, uri_of
 from twostroke.core.tls.identity import HandshakeRefused, TlsIdentity, add_port
-from twostroke.kv.handover.transports.grpc import FETCH, KEEP, TRANSFER
+from twostroke.kv.handover.transports.grpc import FETCH, KEEP, PAIR, TRANSFER
 from twostroke.protos import common_pb2
 
 KEY = b"k" * 32
@@ -40,7 +40,7 @@ def services() -> list[ServiceDescriptor]:
 
 def test_every_method_inside_has_its_callers_and_no_other_has_any():
     declared = {f"/{service.full_name}/{method.name}" for service in services() for method in service.methods}
-    assert set(ALLOWED) == declared | {TRANSFER, FETCH, KEEP}
+    assert set(ALLOWED) == declared | {TRANSFER, PAIR, FETCH, KEEP}
     for caller in Caller:
         assert not may_call(caller, "/twostroke.v1.Worker/Nothing")
     assert not any(may_call(None, method) for method in ALLOWED)

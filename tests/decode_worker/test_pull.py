@@ -424,5 +424,5 @@ async def test_a_frame_that_comes_after_the_end_is_not_verified(bench):
     it.pull.cancel("test")
     checks = []
     it.driver.check = lambda check, answered: checks.append(check)
-    it.pull._envelopes.put(it.envelope())
+    it.pull._arrive(it.envelope())
     assert checks == []

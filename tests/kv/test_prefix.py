@@ -83,6 +83,16 @@ def test_a_start_before_a_gap_of_windows_is_found():
     assert cache.match(names[:7]) == 7
 
 
+def test_a_second_copy_without_windows_changes_nothing():
+    pool = BlockPool(8, 16)
+    cache = lacking_cache(pool, 20)
+    names = identities_of("ab")
+    first = cache.publish(names, pool.take(2), lacking=[0, 1])
+    assert cache.publish(names, pool.take(2), lacking=[0, 1]) == first
+    assert all(cache.lacks_windows(block) for block in first)
+    assert cache.match(names) == 0
+
+
 def test_a_copy_with_windows_takes_the_place_of_one_without():
     pool = BlockPool(32, 32)
     cache = lacking_cache(pool, 20)

@@ -67,6 +67,13 @@ def test_nothing_is_left_out_that_a_start_below_needs():
     assert windows_from(windowed, 896, 1000) == 0
 
 
+def test_what_came_midway_is_of_use_from_the_last_64_tokens_on():
+    for stored, start in ((0, 0), (400, 0), (944, 0), (960, 960), (992, 992), (1000, 1000)):
+        assert usable(stored, 0, 896, 1000) == start
+    assert usable(944, 896, 0, 1000) == 944, "nothing was left out"
+    assert usable(400, 416, 896, 1000) == 400
+
+
 def test_the_furthest_start_is_that_of_the_definition():
     chance = random.Random(3)
     for _ in range(3000):

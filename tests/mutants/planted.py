@@ -16,6 +16,7 @@ import planted_handover
 import planted_int4
 import planted_kv
 import planted_models
+import planted_pairs
 import planted_responses
 import planted_router
 import planted_scaling
@@ -64,6 +65,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_worker_handover.py",
     ),
     "kv/handover/frames": ("tests/kv/test_wire.py", "tests/decode_worker/test_pull.py"),
+    "kv/handover/transports/paired_end": ("tests/kv/test_paired_end.py",),
     "kv/handover/fetching": ("tests/kv/test_fetching.py",),
     "kv/handover/": (*_MACHINES, "tests/kv/test_handover_pair.py"),
     "kv/digest": ("tests/kv/test_digest.py", "tests/kv/test_wire.py"),
@@ -140,18 +142,20 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/engine/test_draft_model.py",
         "tests/engine/test_window_lives.py",
     ),
-    "engine/commands": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_window_lives.py"),
     "engine/scheduler": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_states.py"),
     "engine/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "engine/report": ("tests/engine/test_report.py",),
     "engine/sequence": ("tests/engine/test_report.py", *_ENGINE),
-    "engine/": (*_ENGINE, "tests/engine/test_fairness.py"),
+    "engine/": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_window_lives.py"),
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
+    "decode_worker/pairs": ("tests/worker/test_paired_workers.py",),
+    "prefill_worker/pairs": ("tests/worker/test_paired_workers.py",),
     "decode_worker/pull": (
         "tests/decode_worker/test_pull.py",
         "tests/decode_worker/test_task.py",
         "tests/worker/test_worker_handover.py",
+        "tests/worker/test_paired_workers.py",
     ),
     "decode_worker/router_session": ("tests/decode_worker/test_router_session.py", *_SESSION),
     "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION, "tests/worker/test_fetching.py"),
@@ -164,6 +168,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/prefill_worker/test_service.py",
         "tests/worker/test_worker_handover.py",
         "tests/worker/test_worker_faults.py",
+        "tests/worker/test_paired_workers.py",
     ),
     "router/routing/known_worker": ("tests/router/routing/test_stall.py", *_PURE),
     "router/routing/prefixes": ("tests/router/routing/test_prefixes.py", *_PURE),
@@ -293,6 +298,7 @@ MUTANTS = [
     *planted_models.MUTANTS,
     *planted_states.MUTANTS,
     *planted_windows.MUTANTS,
+    *planted_pairs.MUTANTS,
     *planted_fetching.MUTANTS,
     *planted_int4.MUTANTS,
 ]

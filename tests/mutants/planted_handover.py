@@ -204,7 +204,7 @@ _PULLED = [
     ),
     Mutant(
         "decode_worker/pull.py",
-        "if envelope is None or self.receiver.is_over:\n            self._carrier",
+        "if arrival.envelope is None or self.receiver.is_over:\n            self._carrier",
         "if False:\n            self._carrier",
     ),
     Mutant(

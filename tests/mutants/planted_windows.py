@@ -22,7 +22,11 @@ MUTANTS = [
         "        if self._windowed.size:\n            for held in ranges:\n",
         "        if False:\n            for held in ranges:\n",
     ),
-    Mutant("kv/store/store.py", "        self._lacking_generation[blocks, units] = _NOT_SEALED\n\n", "\n"),
+    Mutant(
+        "kv/store/store.py",
+        "generations\n        self._lacking_generation[blocks, units] = _NOT_SEALED\n",
+        "generations\n",
+    ),
     Mutant(
         "kv/store/store.py",
         "self._lacking_generation[blocks, units] == generations",

@@ -18,7 +18,7 @@ SAMPLED = {"max_tokens": 6, "temperature": 1.0}
 GOOD_ENDS = {common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH}
 
 
-@pytest.fixture(params=["grpc", "shm"])
+@pytest.fixture(params=["grpc", "shm", pytest.param("gloo", marks=pytest.mark.campaign)])
 async def chaotic(request, start_worker, router_of, make_prompt):
     """Prefill and decode worker with a proxy between them, a session, and the calm texts: prompt by three choices."""
     cache = CacheConfig(tokens=8192, frame_bytes=8192, transport=request.param, prefix_caching=False)

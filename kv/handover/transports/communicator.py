@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed
@@ -63,6 +63,33 @@ class Aborted:
 CommunicatorEvent = Opened | Completed | Failed | Aborted
 
 
+class Communicator(Protocol):
+    """One rank of a two-rank communicator: the library, or a script that fails as libraries do."""
+
+    def post(self, post: Post, memory: torch.Tensor) -> None:
+        """Post the operation of a transfer; its event follows."""
+        ...
+
+    def abort(self) -> None:
+        """End the communicator; `Aborted` follows. Idempotent."""
+        ...
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until it has ended after `abort`; True if it has."""
+        ...
+
+
+Join = Callable[[int, Patience, Callable[[CommunicatorEvent], None]], Communicator]
+"""Make the communicator of a rank. It joins at once; events come in any thread."""
+Communicate = Callable[[Backend, MakeStore, str], Join]
+"""`join_by_torch`, or a test's script."""
+
+
+def join_by_torch(backend: Backend, store: MakeStore, host: str = "") -> Join:
+    """Join by torch.distributed. `host`: address that gloo listens on; empty: that of the machine's name."""
+    return lambda rank, patience, told: TwoRankCommunicator(backend, store, rank, patience, told, host=host)
+
+
 def make_store(host: str, port: int, patience_s: float, *, is_master: bool) -> Any:
     """The meeting point of the two ranks. The master gives port 0 and reads the port from the store.
 
@@ -82,6 +109,8 @@ class TwoRankCommunicator:
         rank: int,
         patience: Patience,
         told: Callable[[CommunicatorEvent], None],
+        *,
+        host: str = "",
     ) -> None:
         """`store` is called in the thread. `told` gets the events, in the thread; after `Aborted` there are none."""
         self._backend = backend
@@ -89,6 +118,7 @@ class TwoRankCommunicator:
         self._rank = rank
         self._patience = patience
         self._told = told
+        self._host = host
         self._group: Any = None
         self._works: queue.SimpleQueue[tuple[int, Any, torch.Tensor] | None] = queue.SimpleQueue()
         self._is_aborting = threading.Event()
@@ -144,7 +174,12 @@ class TwoRankCommunicator:
     def _joined(self) -> Any:
         patience = timedelta(seconds=self._patience.join_s)
         if self._backend == "gloo":
-            return _dist.ProcessGroupGloo(self._store(), self._rank, 2, patience)
+            gloo = _dist.ProcessGroupGloo
+            if not self._host:
+                return gloo(self._store(), self._rank, 2, patience)
+            options = gloo._Options()
+            options._devices, options._timeout = [gloo.create_device(hostname=self._host)], patience
+            return gloo(self._store(), self._rank, 2, options)
         # torch would end the whole process after an error of the peer: here an error ends this link.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         options = _dist.ProcessGroupNCCL.Options()

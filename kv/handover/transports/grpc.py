@@ -21,6 +21,7 @@ BLOCKS_SERVICE = "twostroke.v1.Blocks"
 TRANSFER = f"/{HANDOVER_SERVICE}/Transfer"
 FETCH = f"/{BLOCKS_SERVICE}/Fetch"
 KEEP = f"/{BLOCKS_SERVICE}/Keep"
+PAIR = f"/{HANDOVER_SERVICE}/Pair"
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A frame has at most 16 MiB of planes (CacheConfig.frame_bytes); orders and pieces of snapshots are smaller."""
@@ -188,6 +189,11 @@ class Channels:
         method: Any = self.to(address).stream_stream(TRANSFER)
         return ClientStream(method())
 
+    def pair(self, address: str) -> ClientStream:
+        """Open the control stream of a paired channel. If the peer cannot be reached, the stream ends at once."""
+        method: Any = self.to(address).stream_stream(PAIR)
+        return ClientStream(method())
+
     def fetch(self, address: str, request: bytes, timeout_s: float) -> AsyncIterator[bytes]:
         """Ask a worker for cached blocks; yields frame envelopes.
 
@@ -223,9 +229,14 @@ class Channels:
             await channel.close()
 
 
-def handlers(transfer: TransferHandler, fetch: FetchHandler, keep: KeepHandler) -> list[grpc.GenericRpcHandler]:
+def handlers(
+    transfer: TransferHandler, pair: TransferHandler, fetch: FetchHandler, keep: KeepHandler
+) -> list[grpc.GenericRpcHandler]:
     """Handlers of the two raw-bytes services, for a worker's server."""
-    handover: dict[str, Any] = {"Transfer": grpc.stream_stream_rpc_method_handler(_any(transfer))}
+    handover: dict[str, Any] = {
+        "Transfer": grpc.stream_stream_rpc_method_handler(_any(transfer)),
+        "Pair": grpc.stream_stream_rpc_method_handler(_any(pair)),
+    }
     blocks: dict[str, Any] = {
         "Fetch": grpc.unary_stream_rpc_method_handler(_any(fetch)),
         "Keep": grpc.unary_unary_rpc_method_handler(_any(keep)),

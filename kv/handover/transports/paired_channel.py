@@ -15,14 +15,12 @@ from .communicator import (
     DESTINATION,
     SOURCE,
     Aborted,
-    Backend,
     CommunicatorEvent,
     Completed,
     Failed,
-    MakeStore,
+    Join,
     Opened,
     Patience,
-    TwoRankCommunicator,
 )
 
 Say = Callable[[Announce | Ready], None]
@@ -38,21 +36,22 @@ class PairedChannel:
         self,
         end: SourceEnd | DestinationEnd,
         memory: torch.Tensor,
-        backend: Backend,
-        store: MakeStore,
+        join: Join,
         patience: Patience,
         *,
         say: Say,
         told: Told,
+        woken: Callable[[], None] = lambda: None,
     ) -> None:
+        """`join` makes the rank's communicator. `woken`: called in any thread when `turn` has something to do."""
         self.end = end
         self.is_open = False  # both ranks have joined; before it, keep the peer's messages unread
         self._memory = memory
         self._say = say
         self._told = told
         self._events: queue.SimpleQueue[CommunicatorEvent] = queue.SimpleQueue()
-        rank = SOURCE if isinstance(end, SourceEnd) else DESTINATION
-        self._link = TwoRankCommunicator(backend, store, rank, patience, self._events.put)
+        self._woken = woken
+        self._link = join(SOURCE if isinstance(end, SourceEnd) else DESTINATION, patience, self._report)
 
     @property
     def is_gone(self) -> bool:
@@ -99,6 +98,10 @@ class PairedChannel:
         return has_ended
 
     # ------------------------------------------------------------------ inside
+
+    def _report(self, event: CommunicatorEvent) -> None:
+        self._events.put(event)
+        self._woken()
 
     def _take(self, event: CommunicatorEvent) -> None:
         match event:

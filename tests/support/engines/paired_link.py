@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from twostroke.kv.handover.paired_link import Announce, Deliver, DestinationEnd, Free, Ready, SourceEnd
-from twostroke.kv.handover.transports.communicator import Patience, make_store
+from twostroke.kv.handover.transports.communicator import Patience, join_by_torch, make_store
 from twostroke.kv.handover.transports.paired_channel import PairedChannel
 
 POLL_S = 0.005
@@ -35,7 +35,7 @@ class Destination:
         self.port, self._patience_s, self._pipe = store.port, patience_s, None
         patience = Patience(join_s, patience_s)
         self.channel = PairedChannel(
-            self.end, self.memory, "gloo", lambda: store, patience, say=self._say, told=self._told
+            self.end, self.memory, join_by_torch("gloo", lambda: store), patience, say=self._say, told=self._told
         )
 
     def receive(self, pipe: Connection, count: int) -> list[torch.Tensor]:
@@ -95,8 +95,7 @@ def serve_source(pipe: Connection, port: int, transfers: int, shape: tuple[int, 
     channel = PairedChannel(
         SourceEnd(patience_s),
         memory,
-        "gloo",
-        lambda: make_store(HOST, port, patience_s, is_master=False),
+        join_by_torch("gloo", lambda: make_store(HOST, port, patience_s, is_master=False)),
         Patience(patience_s, patience_s),
         say=lambda message: pipe.send((message.id, message.num_bytes)),
         told=lambda action: free.append(action.slot),

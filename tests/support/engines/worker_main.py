@@ -20,7 +20,7 @@ MAIN = textwrap.dedent("""
 def settings_for(checkpoint, **changes):
     return WorkerSettings(
         worker_id="w",
-        role=Role.COMBINED,
+        role=changes.pop("role", Role.COMBINED),
         model_directory=str(checkpoint),
         model_name="tiny",
         model=ModelConfig(path=str(checkpoint), **changes.pop("model", {})),
