@@ -9,13 +9,13 @@ from ..core.errors import TwostrokeError
 from ..core.request import FinishReason, Request
 from ..decode_worker.choice import ChoiceText
 from ..router.requests.pieces import OutputDelta
-from .cells import cells_after, domain_cell
 from .invariants import Samples, Violation
 from .network import End, Network
 from .router import RouterNode
 from .setting import Order, Setting
-from .store import undisturbed
-from .workers import MODEL
+from .workers.cells import cells_after, domain_cell
+from .workers.facts import MODEL
+from .workers.store import undisturbed
 from .world import Process, World
 
 EXPECTED_ENDS = ("finished", "cancelled", "overloaded", "invalid_value")  # the last: its id is still in use

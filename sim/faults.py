@@ -16,8 +16,8 @@ from .network import Network
 from .rings import Host
 from .router import RouterNode
 from .setting import Mishap, Setting, Vary, as_drawn, draw
-from .store import Ledger
-from .workers import WorkerNode
+from .workers.node import WorkerNode
+from .workers.store import Ledger
 from .world import Process, World
 
 LONGEST_S = 60.0

@@ -10,7 +10,7 @@ from ..router.routing.facts import WorkerKey
 from .invariants import Violation
 from .network import End
 from .router import RouterNode
-from .workers import WorkerNode
+from .workers.node import WorkerNode
 from .world import World
 
 SLACK_S = 0.05

@@ -27,12 +27,12 @@ from ..router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ..router.routing.fleet import Fleet, FleetChange
 from ..router.routing.policy import PolicyLimits
 from ..router.routing.prefixes import PrefixMap
-from .engine import IDENTITY_KEY
 from .invariants import Violation
 from .links import Link
 from .network import End, Network
 from .setting import Setting
-from .workers import WorkerNode
+from .workers.engine import IDENTITY_KEY
+from .workers.node import WorkerNode
 from .world import Process, Timer, World
 
 TICK_S = 0.2

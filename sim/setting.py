@@ -14,7 +14,7 @@ from ..prefill_worker.policy import prefill_policy
 from ..router.routing.fleet import FleetLimits
 from .network import Weather
 from .rings import MAX_RINGS
-from .store import LETTERS, VOCABULARY
+from .workers.store import LETTERS, VOCABULARY
 
 ACCEPTABLE_TIMEOUT_S = 20.0
 DOMAINS = ("acme", "umbrella")

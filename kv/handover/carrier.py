@@ -5,7 +5,7 @@
                         ╰──── tick ◀─ host.after(next deadline)
 
 The machines (kv/handover/{receiver,sender}.py) decide; `KvPull` (decode) and `PrefillTask` carry out the actions.
-A `StreamHost` provides stream, clock, timer and threads: driver.py on asyncio, sim/handovers.py in virtual time.
+A `StreamHost` provides stream, clock, timer and threads: driver.py on asyncio, `SimHost` of sim/ in virtual time.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ from ...router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ...router.routing.fleet import Fleet, FleetChange, FleetLimits
 from ...router.routing.policy import PolicyLimits
 from ...router.routing.prefixes import PrefixMap
-from ..cells import SPEC
-from ..engine import IDENTITY_KEY
 from ..invariants import Violation
-from ..workers import MODEL, ROUTER_MODEL
+from ..workers.cells import SPEC
+from ..workers.engine import IDENTITY_KEY
+from ..workers.facts import MODEL, ROUTER_MODEL
 from .automaton import Event
 from .given import DOMAIN, FACTS, PARAMS, PROMPT_IDS, TIMEOUT_S, TOKENS
 from .silent import SilentChoice

@@ -11,10 +11,10 @@ from ...kv.handover.machine import Label
 from ...kv.keys import PromptHasher
 from ...kv.recent_prompts import NamedPrompt, RecentPrompts
 from ...kv.section import SectionData
-from ..cells import CELL_BYTES, DIGEST_KEY, SPEC, digest_of
-from ..engine import IDENTITY_KEY, NUMERICS
 from ..invariants import Violation
-from ..workers import MODEL_FACTS
+from ..workers.cells import CELL_BYTES, DIGEST_KEY, SPEC, digest_of
+from ..workers.engine import IDENTITY_KEY, NUMERICS
+from ..workers.facts import MODEL_FACTS
 
 PROMPT_TOKENS, UNIT_TOKENS = 24, 16  # two hash blocks, the second one partial: two frames
 TOKENS = (5, 6)  # of every answer; a prefill worker samples the first

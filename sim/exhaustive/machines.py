@@ -22,9 +22,9 @@ from ...kv.handover.sender import SenderState
 from ...prefill_worker.service import PrefillService
 from ...prefill_worker.task import PrefillTask, PrefillTaskTools
 from ...protos import handover_pb2
-from ..cells import DIGEST_KEY, SPEC
-from ..engine import NUMERICS
-from ..workers import SimDispatcher
+from ..workers.cells import DIGEST_KEY, SPEC
+from ..workers.dispatcher import SimDispatcher
+from ..workers.engine import NUMERICS
 from .automaton import Event
 from .canonical import canonical
 from .given import CELLS, EPOCH, FACTS, PARAMS, PROMPTS, SCOPE, TIMEOUT_S, TOKENS, check_content, sections_of

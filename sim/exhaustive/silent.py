@@ -8,7 +8,7 @@ from typing import Any, cast
 from ...core.request import SamplingParams
 from ...decode_worker.choice import ChoiceText
 from ...text.stream import TextPiece
-from ..store import EOS
+from ..workers.store import EOS
 
 
 class NoText:

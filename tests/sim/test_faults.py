@@ -15,7 +15,7 @@ from twostroke.sim.faults import run_campaign, run_schedule, seeds_of
 from twostroke.sim.planted import PLANTED
 from twostroke.sim.planting import Planted, instead
 from twostroke.sim.setting import Vary, as_drawn
-from twostroke.sim.store import Store
+from twostroke.sim.workers.store import Store
 
 NUM_SCHEDULES = 250  # `make campaigns` plays thousands
 

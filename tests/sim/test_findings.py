@@ -11,7 +11,7 @@ from twostroke.protos import common_pb2, worker_pb2
 from twostroke.protos import handover_pb2 as pb
 from twostroke.router.requests.delivery import DeliveryVerdict
 from twostroke.router.requests.state import Dispatch, RequestState
-from twostroke.sim.workers import ROUTER_MODEL
+from twostroke.sim.workers.facts import ROUTER_MODEL
 
 EPOCH = Epoch(1, 1)
 

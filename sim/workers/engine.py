@@ -10,23 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..core.errors import InternalError, TwostrokeError
-from ..core.request import CacheScope, SamplingParams, SequenceKey
-from ..engine.core import CoreLimits, EngineCore
-from ..engine.link.messages import AdapterCommand, Command, Ended, Event, LoadNews, Offered, Promised, Submit
-from ..engine.link.plan_stream import PlanReceiver, PlanSender
-from ..engine.plan import StepPlan, StepResult
-from ..engine.speculation.speculation import Speculation
-from ..engine.store_ops import StoreOp
-from ..engine.turn import Turn
-from ..kv.cache.pool import BlockPool
-from ..kv.cache.prefix import PrefixCache
-from ..kv.keys import PromptHasher
+from ...core.errors import InternalError, TwostrokeError
+from ...core.request import CacheScope, SamplingParams, SequenceKey
+from ...engine.core import CoreLimits, EngineCore
+from ...engine.link.messages import AdapterCommand, Command, Ended, Event, LoadNews, Offered, Promised, Submit
+from ...engine.link.plan_stream import PlanReceiver, PlanSender
+from ...engine.plan import StepPlan, StepResult
+from ...engine.speculation.speculation import Speculation
+from ...engine.store_ops import StoreOp
+from ...engine.turn import Turn
+from ...kv.cache.pool import BlockPool
+from ...kv.cache.prefix import PrefixCache
+from ...kv.keys import PromptHasher
+from ..invariants import check_core, check_deadlines, check_promises, check_travelled
+from ..setting import DOMAINS, Setting, WorkerSetting
+from ..world import Process, Timer, World
 from .cells import mix
-from .invariants import check_core, check_deadlines, check_promises, check_travelled
-from .setting import DOMAINS, Setting, WorkerSetting
 from .store import EOS, VOCABULARY, DraftModel, DraftSetting, Known, Ledger, Store
-from .world import Process, Timer, World
 
 IDENTITY_KEY = b"sim"
 FINGERPRINT = b"weights"

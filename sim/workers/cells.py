@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..core.errors import KvCorrupted
-from ..kv.block import BlockId
-from ..kv.cache.pool import BlockPool
-from ..kv.digest import frame_digests, places
-from ..kv.section import HeldTokens, SectionData
-from ..kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup
-from .invariants import Violation
+from ...core.errors import KvCorrupted
+from ...kv.block import BlockId
+from ...kv.cache.pool import BlockPool
+from ...kv.digest import frame_digests, places
+from ...kv.section import HeldTokens, SectionData
+from ...kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup
+from ..invariants import Violation
 
 DIGEST_KEY = 0x5EED
 SPEC = KvSpec((LayerGroup("main", 1, (Component("k", 1, 2, 3),)),))  # one plane of 8 bytes per token

@@ -15,22 +15,22 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models
 
-from ..core.request import SamplingParams, SequenceKey
-from ..decode_worker.choice import ChoiceText
-from ..engine.plan import SequenceStep, StepPlan, StepResult
-from ..engine.speculation.draft_model.catch_up import CatchUp
-from ..engine.speculation.draft_model.holdings import DraftHoldings
-from ..engine.speculation.draft_model.plan import DraftPlan, DraftResult, all_failed
-from ..engine.speculation.draft_model.planner import DraftBounds, DraftPlanner
-from ..engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
-from ..kv.cache.pool import BlockPool
-from ..kv.section import HeldTokens, SectionData
-from ..kv.spec import HASH_BLOCK_TOKENS
-from ..kv.store.host_store import HostStore
-from ..text.tokenizer import Tokenizer
+from ...core.request import SamplingParams, SequenceKey
+from ...decode_worker.choice import ChoiceText
+from ...engine.plan import SequenceStep, StepPlan, StepResult
+from ...engine.speculation.draft_model.catch_up import CatchUp
+from ...engine.speculation.draft_model.holdings import DraftHoldings
+from ...engine.speculation.draft_model.plan import DraftPlan, DraftResult, all_failed
+from ...engine.speculation.draft_model.planner import DraftBounds, DraftPlanner
+from ...engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
+from ...kv.cache.pool import BlockPool
+from ...kv.section import HeldTokens, SectionData
+from ...kv.spec import HASH_BLOCK_TOKENS
+from ...kv.store.host_store import HostStore
+from ...text.tokenizer import Tokenizer
+from ..invariants import Violation
+from ..world import World
 from .cells import CELL_BYTES, CellStore, cells_after, domain_cell, mix
-from .invariants import Violation
-from .world import World
 
 VOCABULARY = 61
 EOS = 0

@@ -8,168 +8,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..core.request import Epoch, SequenceKey
-from ..decode_worker.fetch import FetchHost
-from ..decode_worker.ledger import RouterKey
-from ..decode_worker.pull import KvPullTools
-from ..decode_worker.router_session import RouterSession
-from ..decode_worker.service import DecodeService
-from ..decode_worker.task import DecodeTask, DecodeTaskTools
-from ..engine.facts import FaceFacts, ModelFacts
-from ..engine.link import messages as link
-from ..engine.link.client import EngineClient, Owner, SequenceEvent
-from ..kv.handover.carrier import StreamHost
-from ..kv.handover.frames import WireError, decode_envelope, slot_bytes
-from ..kv.handover.machine import SendFrame
-from ..kv.handover.plane_channel import RingPool
-from ..kv.handover.transports.grpc import Channels
-from ..kv.keys import PromptHasher
-from ..kv.messages import epoch_from_wire
-from ..prefill_worker.service import PrefillService
-from ..prefill_worker.task import PrefillTask, PrefillTaskTools
-from ..protos import common_pb2, handover_pb2, worker_pb2
-from ..router.routing import facts as router_facts
-from ..router.routing.facts import WorkerKey
-from ..worker.blocks.departure import Departure, hand_back_after_s
-from ..worker.blocks.fetch import FetchAnswer, FetchPart
-from ..worker.watch import FaceLoad, Watchers
+from ...core.request import SequenceKey
+from ...decode_worker.fetch import FetchHost
+from ...decode_worker.pull import KvPullTools
+from ...engine.link import messages as link
+from ...kv.handover.carrier import StreamHost
+from ...kv.handover.frames import WireError, decode_envelope
+from ...kv.handover.machine import SendFrame
+from ...kv.handover.transports.grpc import Channels
+from ...prefill_worker.service import PrefillService
+from ...prefill_worker.task import PrefillTask, PrefillTaskTools
+from ...protos import common_pb2, handover_pb2, worker_pb2
+from ...router.routing import facts as router_facts
+from ...router.routing.facts import WorkerKey
+from ...worker.blocks.departure import Departure, hand_back_after_s
+from ...worker.blocks.fetch import FetchAnswer
+from ...worker.watch import FaceLoad, Watchers
+from ..invariants import Violation, check_drained
+from ..network import End, Network
+from ..setting import Setting, WorkerSetting
+from ..world import Process
 from .cells import CELL_BYTES, DIGEST_KEY, SPEC
-from .engine import FINGERPRINT, IDENTITY_KEY, NUMERICS, Engine
+from .dispatcher import SimDispatcher
+from .engine import NUMERICS, Engine
 from .faces import SessionFace, WatchFace
+from .facts import PORT, ROUTER_MODEL, face_facts, ring_pool
 from .handovers import Place, SimFetchHost, SimHost
-from .invariants import Violation, check_drained
-from .network import End, Network
-from .rings import Host, SimRing
-from .setting import Setting, WorkerSetting
-from .store import EOS, TOKENIZER, VOCABULARY, Ledger
-from .world import Process
+from .service import ORPHAN_SLACK_S, SimRunTools, SimService
+from .store import TOKENIZER, Ledger
 
 if TYPE_CHECKING:
-    from .router import RouterNode
+    from ..router import RouterNode
 
-MODEL = "model"
-MAX_MODEL_LEN = 1 << 20
-MODEL_FACTS = ModelFacts(
-    name=MODEL,
-    directory="",
-    vocab_size=VOCABULARY,
-    max_model_len=MAX_MODEL_LEN,
-    eos_ids=frozenset([EOS]),
-    weights_fingerprint=FINGERPRINT,
-    numerics_class=NUMERICS,
-    numerics_description="",
-    deterministic=True,
-    kv_spec=SPEC,
-)
-NO_EPOCH = Epoch(0, 0)
-ORPHAN_SLACK_S = 0.5  # time for commands under way, and for the running step to end
 LOOK_S = 0.02  # how often a leaving worker looks whether it may go
-PORT = 1  # port of every worker: orders name peers by host and port
-
-
-class SimDispatcher(EngineClient):
-    """The production routing of events; an owner's exception is raised here instead of logged."""
-
-    def ask_blocks(self, part: FetchPart, root: bytes, took: Callable[[link.BlocksFetched], None]) -> None:
-        """Read cached blocks, as `fetch` does for a coroutine."""
-        fetch_id = next(self._fetch_ids)
-        self._fetches[fetch_id] = cast(Any, Answered(took))
-        self.send(link.FetchBlocks(fetch_id, part.identities, part.first_token, root, part.how))
-
-    def _call(self, owner: Owner, event: SequenceEvent) -> None:
-        owner(event)
-
-
-@dataclass
-class Answered:
-    """The part of a future that `EngineClient` uses."""
-
-    took: Callable[[link.BlocksFetched], None]
-    is_done: bool = False
-
-    def done(self) -> bool:
-        """True after the answer."""
-        return self.is_done
-
-    def set_result(self, found: link.BlocksFetched) -> None:
-        """Pass the answer on."""
-        self.is_done = True
-        self.took(found)
-
-
-class SimService(DecodeService):
-    """The production decode service, with simulated timers."""
-
-    node: WorkerNode
-    highest: dict[tuple[RouterKey, SequenceKey], Epoch]  # newest epoch of each choice ever run
-
-    def _broken(self, message: worker_pb2.Submit, error: Exception) -> None:
-        raise error
-
-    def _after(self, delay_s: float, act: Callable[[], None]) -> None:
-        self.node.world.after(delay_s, self.node.process, act)
-
-    def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
-        """Submit as in production, and check R6: no choice runs twice under one epoch, or again under an older one."""
-        before = set(self.runs)
-        super().submit(session, message)
-        for run in self.runs:
-            if run not in before:
-                place = session.router, run.order.key
-                if run.order.epoch <= self.highest.get(place, NO_EPOCH):
-                    raise Violation("R6", f"{run.order.key} runs under {run.order.epoch}, which is not its newest")
-                self.highest[place] = run.order.epoch
-
-    def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
-        """Cancel as in production, and check R6: no run of another router or of a newer dispatch ends."""
-        epoch, router_of = epoch_from_wire(message.epoch), self._ledger.router_of
-        others = [run for run in self.runs if run.order.epoch > epoch or router_of(run) != session.router]
-        others = [run for run in others if run._verdict is None]
-        super().cancel(session, message)
-        for run in others:
-            if run._verdict is not None:
-                raise Violation("R6", f"{run.order.key} under {run.order.epoch} was cancelled by a word about {epoch}")
-
-    def lose(self, session: RouterSession) -> None:
-        """Lose a session as in production, and check R7: after the grace none of its runs continues."""
-        orphans = [run for run in self.runs if run._outbox is session.outbox]
-        super().lose(session)
-        self._after(self._orphan_grace_s, lambda: self._check_cancelled(orphans))
-
-    def _check_cancelled(self, orphans: list[DecodeTask]) -> None:
-        if any(run in self.runs and run._verdict is None for run in orphans):
-            raise Violation("R7", f"{self.node.process}: requests of a lost router run on")
-        self._check_gone_later(orphans)
-
-    def _check_gone_later(self, orphans: list[DecodeTask]) -> None:
-        frozen_s = self.node.process.frozen_s
-        self._after(ORPHAN_SLACK_S, lambda: self._check_gone(orphans, frozen_s))
-
-    def _check_gone(self, orphans: list[DecodeTask], frozen_s: float) -> None:
-        if self.node.process.frozen_s != frozen_s:  # the process stood still meanwhile: its engine had no turn
-            self._check_gone_later(orphans)
-            return
-        if any(run in self.runs for run in orphans):
-            raise Violation("R7", f"{self.node.process}: requests of a lost router do not end")
-
-
-@dataclass(frozen=True)
-class SimRunTools(DecodeTaskTools):
-    """The production tools of a run, with simulated streams."""
-
-    node: WorkerNode = field(kw_only=True)
-
-    def connect(self, key: SequenceKey, address: str) -> StreamHost:
-        """Implements `DecodeTaskTools.connect`."""
-        return self.node.connect_peer(key, address)
-
-    def connect_source(self, key: SequenceKey, address: str, timeout_s: float) -> FetchHost:
-        """Implements `DecodeTaskTools.connect_source`."""
-        return self.node.connect_source(key, address)
 
 
 class WorkerNode:
@@ -184,9 +59,9 @@ class WorkerNode:
         self.engine = Engine(world, process, setting, worker, ledger)
         self.dispatcher = SimDispatcher(self.engine)
         self.engine.tell = self._tell
-        self.facts = _face_facts(worker)
+        self.facts = face_facts(worker)
         self.session_timing = cast(Any, None)  # SessionFace has its own timers
-        self.rings = _rings(network.host, worker)
+        self.rings = ring_pool(network.host, worker)
         pull = KvPullTools(
             self.dispatcher,
             cast(Executor, None),
@@ -419,37 +294,3 @@ class WorkerNode:
             raise Violation(
                 "K1", f"{self.process}: jobs or runs are left: {[host.name for host in self.jobs.values()]}"
             )
-
-
-ROUTER_MODEL = router_facts.ModelFacts(
-    name=MODEL,
-    weights_fingerprint=FINGERPRINT,
-    numerics_class=NUMERICS,
-    numerics_description="",
-    max_model_len=MAX_MODEL_LEN,
-    vocab_size=VOCABULARY,
-    deterministic=True,
-    path="",
-    kv_bytes_per_token=SPEC.bytes_per_token,
-)
-
-
-def _rings(host: Host, worker: WorkerSetting) -> RingPool:
-    size = slot_bytes(SPEC, worker.frame_tokens * SPEC.bytes_per_token)
-    one = worker.frame_slots * size
-    return RingPool(lambda: SimRing(host, worker.frame_slots, size), one, one * worker.num_rings)
-
-
-def _face_facts(worker: WorkerSetting) -> FaceFacts:
-    return FaceFacts(
-        worker_id=worker.worker_id,
-        model=MODEL_FACTS,
-        namer=PromptHasher.of(IDENTITY_KEY, MODEL_FACTS),
-        digest_key=DIGEST_KEY,
-        num_blocks=worker.num_blocks,
-        block_tokens=worker.block_tokens,
-        frame_bytes=worker.frame_tokens * SPEC.bytes_per_token,
-        frame_slots=worker.frame_slots,
-        max_num_seqs=worker.limits.max_num_seqs,
-        max_batch_tokens=worker.limits.max_batch_tokens,
-    )

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core.request import Epoch
-from ..kv.handover.carrier import Check, Hear
-from ..kv.handover.frames import encode_message
-from ..kv.handover.machine import (
+from ...core.request import Epoch
+from ...kv.handover.carrier import Check, Hear
+from ...kv.handover.frames import encode_message
+from ...kv.handover.machine import (
     Abort,
     Action,
     AskBlocks,
@@ -24,10 +24,10 @@ from ..kv.handover.machine import (
     SendFrame,
     Write,
 )
-from ..protos import handover_pb2
-from .invariants import Violation
-from .network import End
-from .world import Process, Timer, World
+from ...protos import handover_pb2
+from ..invariants import Violation
+from ..network import End
+from ..world import Process, Timer, World
 
 SLACK_S = 0.5
 EXPLAINED = (HandoverEnd.FAILED, HandoverEnd.CORRUPTED)  # a hand-over may end with these in any weather

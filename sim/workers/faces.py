@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..core.request import Epoch
-from ..decode_worker.outbox import Outbox
-from ..decode_worker.router_session import RouterSession
-from ..kv.block import IDENTITY_BYTES
-from ..kv.messages import epoch_from_wire, epoch_to_wire
-from ..protos import worker_pb2
-from .invariants import Violation
-from .network import ECHO_S, End
+from ...core.request import Epoch
+from ...decode_worker.outbox import Outbox
+from ...decode_worker.router_session import RouterSession
+from ...kv.block import IDENTITY_BYTES
+from ...kv.messages import epoch_from_wire, epoch_to_wire
+from ...protos import worker_pb2
+from ..invariants import Violation
+from ..network import ECHO_S, End
 
 if TYPE_CHECKING:
-    from .workers import WorkerNode
+    from .node import WorkerNode
 
 
 class SessionFace:
