@@ -52,6 +52,7 @@ class Journal:
         self._runs: dict[SequenceKey, _Run] = {}
         self._room = limits.bytes_per_s  # bytes that may be offered now: at most a second's, negative after a large one
         self._filled_s: float | None = None
+        self.num_under_way = 0  # offers without an answer, also those of runs that have ended
 
     def begin(self, key: SequenceKey, kept_tokens: int) -> None:
         """A run has a buddy, which is believed to hold its first tokens."""
@@ -70,7 +71,7 @@ class Journal:
     def next(self, now_s: float) -> Offer | None:
         """The offer to make now: of the run that would lose most. `answered` must follow."""
         self._fill(now_s)
-        if self._room <= 0 or sum(run.is_offered for run in self._runs.values()) >= self._limits.max_under_way:
+        if self._room <= 0 or self.num_under_way >= self._limits.max_under_way:
             return None
         due = [key for key, run in self._runs.items() if self._is_due(run, now_s)]
         if not due:
@@ -78,11 +79,13 @@ class Journal:
         key = max(due, key=lambda key: self._runs[key].full - self._runs[key].kept)
         run = self._runs[key]
         run.is_offered = True
+        self.num_under_way += 1
         self._room -= (run.full - run.kept) * self._bytes_per_token
         return Offer(key, run.full)
 
     def answered(self, offer: Offer, kept_tokens: int, now_s: float) -> None:
         """The buddy holds so many leading tokens now; 0 also if it did not answer."""
+        self.num_under_way -= 1
         run = self._runs.get(offer.key)
         if run is None:
             return

@@ -5,6 +5,7 @@ K2 a block has as many owners as sequences claim it; states, promises and the pr
 K3 no sequence reads or writes a block that has another owner, or writes a block that others read
 K4 a step attends to the KV of exactly its tokens, in its domain; KV is sealed before it leaves the worker
 K5 routers are told of exactly the blocks that can be found, and their maps hold what they were told
+K7 a findable block holds the KV of its identity, and what a worker offers to a buddy is computed there
 K6 admission keeps blocks in use and promised within the policy's watermark, unless the sequence is alone
 R1 every request ends exactly once    R2 a stream has no gap    R3 every token was computed from what its client has
 R4 its text and its reason are those of the same tokens on a worker that never fails
@@ -12,6 +13,7 @@ L1 in bearable weather every request finishes, also if one worker crashes, freez
    a hand-over is lost only by a refusal or by damage
 R5 usage = tokens delivered           R6 only the newest epoch is accepted        R7 nothing waits past its deadline
 R8 a worker computes a choice only while its router waits for it: so at most one worker computes it
+Q1 offers to buddies are few at once, and within their bytes per second
 P1 a plan that travelled as differences is the plan that was made
 R9 one loss is one dispatch           R10 a pair has one numerics class
 S1 request ids are separate per tenant: another tenant's use of an id has no effect, and is never explained

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.request import Role
+from ..decode_worker.journal import JournalLimits
 from .faults import Outcome, run_schedule
 from .network import Weather
 from .setting import ACCEPTABLE_TIMEOUT_S, Mishap, Setting, Vary, as_drawn
@@ -67,6 +68,7 @@ CROWDED_PROMPT, CROWDED_ANSWER = 24, 40  # tokens of each order
 LEAVING_PROMPT = 64
 LOST_ANSWER = 30
 LEFT_ANSWER = 120
+COPIED_ANSWER = 48
 _listeners: list[Callable[[Any], None]] = []
 
 
@@ -222,6 +224,37 @@ def damaging_departures(setting: Setting) -> Setting:
     """As `departing_decoders`, and much of what travels is damaged."""
     setting = departing_decoders(setting)
     return replace(setting, weather=replace(setting.weather, damage=0.3))
+
+
+def copying(setting: Setting) -> Setting:
+    """Two streams in calm weather, two decode workers at least; buddies have room and answer late, bytes are few."""
+    setting = departing_decoders(setting)
+    orders = tuple(
+        replace(order, sampling=replace(order.sampling, max_tokens=COPIED_ANSWER), num_choices=1)
+        for order in setting.orders[:2]
+    )
+    journal = JournalLimits(bytes_per_s=100.0, batch_tokens=16, max_under_way=1, retry_s=0.05, max_retry_s=0.5)
+    weather = Weather(delay_s=0.02)
+    return replace(setting, orders=orders, journal=journal, nonsense=0.1, weather=weather, mishaps=())
+
+
+def copying_in_bad_weather(setting: Setting) -> Setting:
+    """As `copying`, with many bytes; streams break and stall, messages are lost, a worker crashes or freezes."""
+    setting = copying(setting)
+    weather = Weather(delay_s=0.02, drop=0.1, break_=0.02, stall=0.1, stall_s=2.0, damage=0.05, reset=0.0)
+    orders = tuple(
+        replace(
+            order,
+            attempts=1,
+            timeout_s=5.0,
+            sampling=replace(order.sampling, max_tokens=COPIED_ANSWER * (2 + place) // 3),
+        )
+        for place, order in enumerate(setting.orders)
+    )
+    who = setting.workers[-1].worker_id if setting.is_noisy else setting.workers[0].worker_id
+    mishap = Mishap(0.8, "freeze" if setting.is_one_host else "crash", who, who, 1.5)
+    journal = replace(setting.journal or JournalLimits(0.0), bytes_per_s=1e9)
+    return replace(setting, orders=orders, journal=journal, weather=weather, mishaps=(mishap,), is_bearable=False)
 
 
 def losing_routers(setting: Setting) -> Setting:

@@ -61,6 +61,7 @@ class RouterNode:
             buffer_pieces=16,
             admission=AdmissionLimits(max_requests=setting.max_requests),
             policy=PolicyLimits(local_prefill=setting.local_prefill),
+            has_buddies=setting.journal is not None,
         )
         self.life = Lifecycle(self.incarnation, limits, self.roster, self, self)
         if setting.names_repeat:

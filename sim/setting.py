@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..core.lease import Lease
 from ..core.request import Role, SamplingParams
+from ..decode_worker.journal import JournalLimits
 from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.policy import Policy, StepLimits
 from ..prefill_worker.policy import prefill_policy
@@ -115,6 +116,8 @@ class Setting:
     orders: tuple[Order, ...]
     mishaps: tuple[Mishap, ...]
     leave_s: float = 1.0  # grace of a worker's drain
+    journal: JournalLimits | None = None  # of every worker; None: streams have no buddies
+    nonsense: float = 0.0  # probability that a buddy's answer makes no sense
 
 
 Vary = Callable[[Setting], Setting]
@@ -172,6 +175,7 @@ def draw(seed: int) -> Setting:
     )
     setting = _with_others(random.Random(f"others {seed}"), setting)
     setting = _with_a_departure(random.Random(f"departure {seed}"), setting)
+    setting = _with_a_journal(random.Random(f"journal {seed}"), setting)
     return _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
 
 
@@ -198,6 +202,22 @@ def _with_a_departure(rng: random.Random, setting: Setting) -> Setting:
     mishap = Mishap(at_s, "leave", who, who, rng.choice((0.1, 1.0)))
     fleet = replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S) if setting.is_bearable else setting.fleet
     return replace(setting, mishaps=(*setting.mishaps, mishap), leave_s=leave_s, fleet=fleet)
+
+
+def _with_a_journal(rng: random.Random, setting: Setting) -> Setting:
+    """In a third of schedules streams have buddies, which mostly have room for copies."""
+    if rng.random() > 0.35:
+        return setting
+    limits = JournalLimits(
+        bytes_per_s=rng.choice((200.0, 2000.0, 1e9)),
+        batch_tokens=rng.choice((16, 32, 64)),
+        max_under_way=rng.choice((1, 2, 2)),
+        retry_s=rng.choice((0.05, 0.5, 2.0)),
+        max_retry_s=rng.choice((1.0, 60.0)),
+    )
+    factor = rng.choice((1, 2, 4, 8))
+    workers = tuple(replace(worker, num_blocks=factor * worker.num_blocks) for worker in setting.workers)
+    return replace(setting, journal=limits, nonsense=_rate(rng, 0.5), workers=workers)
 
 
 def _with_texts(rng: random.Random, setting: Setting) -> Setting:

@@ -21,9 +21,10 @@ from ..core.errors import ConfigError, DeviceFault, InternalError
 from ..core.guard import Guard
 from ..core.lease import HANDOVER_LEASE, Lease
 from ..core.ports import bindable_host, check_port, target
-from ..core.request import Role, SequenceKey
+from ..core.request import Role
 from ..core.tls.callers import Caller
 from ..core.tls.identity import TlsIdentity, add_port
+from ..decode_worker.buddy_calls import BuddyCalls
 from ..decode_worker.journal import Journal, JournalLimits
 from ..decode_worker.journaling import Journaling
 from ..decode_worker.pairs import Pairs, PairShape
@@ -49,6 +50,7 @@ from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
 from .adapters import WorkerAdapters
 from .announcer import Announcer
+from .blocks.copies import Copies
 from .blocks.departing import Departing
 from .blocks.departure import hand_back_after_s
 from .blocks.fetch import FetchService
@@ -71,7 +73,6 @@ log = logging.getLogger(__name__)
 CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "blocks.keep.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
-NOBODY = SequenceKey("", 0)
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
 STOP_S = 5.0  # longest time for the engine's last step
 ANY_ADDRESS = ("0.0.0.0", "::")  # then a paired channel uses the address of the machine's name
@@ -308,9 +309,10 @@ class WorkerProcess:
         pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, pairs=self.pairs, **common)
         limits = JournalLimits(settings.cache.journal_bytes_per_s)
         journal = Journal(limits, facts.model.kv_spec.bytes_per_token, facts.block_tokens)
-        self._journal = Journaling(journal, self._channels, self._clock, self.counters, lambda: self.address)
+        buddies = BuddyCalls(self._channels)
+        self._journal = Journaling(journal, buddies, self._clock, self.counters, lambda: self.address)
         decoding = DecodeTaskTools(facts, pull, self._channels, table, self._journal)
-        self.keep = KeepService(facts, pull, lambda address, s: decoding.connect_source(NOBODY, address, s))
+        self.keep = KeepService(Copies(facts, pull, decoding.connect_source, lambda: self.is_draining))
         self.decode = DecodeService(decoding, room.tokenizer, settings.orphan_grace_s)
         job = PrefillTaskTools(
             numerics_class=facts.model.numerics_class,

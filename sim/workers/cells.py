@@ -158,6 +158,11 @@ class CellStore:
         for _, start, _ in _units(held):
             self._check_use(held.block_table[start // self._size], held.generations[start // self._size])
 
+    def has(self, block: BlockId, cells: Sequence[int]) -> bool:
+        """Return whether a block holds these cells, the first of them at the beginning of a hash block."""
+        found, size = self._cells.get(block, []), len(cells)
+        return any(found[start : start + size] == cells for start in range(0, len(found), _UNIT))
+
     # ------------------------------------------------------------------ inside
 
     def _place(self, held: HeldTokens, token: int) -> tuple[BlockId, int]:

@@ -93,6 +93,7 @@ class Engine:
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self._world = world
         self._process = process
+        self._ledger = ledger
         self._worker = worker
         self._step_failure = setting.step_failure
         self._inbox: deque[Command] = deque()
@@ -140,6 +141,13 @@ class Engine:
         slack_s = DEADLINE_SLACK_S + self._process.frozen_s
         check_deadlines(self._process.name, self.core, self._world.now_s(), slack_s)
 
+    def check_findable(self) -> None:
+        """Check K7: every findable block holds the KV of its identity."""
+        for identity in self.prefix.snapshot():
+            block = self.prefix.locate(identity)
+            assert block is not None, identity
+            self.store.check_findable(identity, block)
+
     # ------------------------------------------------------------------ the loop
 
     def _wake(self, delay_s: float) -> None:
@@ -176,7 +184,8 @@ class Engine:
         """Tell the store which tokens this sequence must contain."""
         if submit.key not in self.store.known:
             domain = _DOMAIN_BY_ROOT[submit.identity_root]
-            self.store.known[submit.key] = Known.of(domain, submit.prompt_ids)
+            known = self.store.known[submit.key] = Known.of(domain, submit.prompt_ids)
+            self._ledger.named(submit.identities, known.cells)
 
     def _finish_step(self) -> None:
         plan, self._plan = self._plan, None
@@ -218,10 +227,10 @@ class Engine:
 
     def _tell(self, events: Sequence[Event]) -> None:
         self._num_untold -= 1
+        self.tell(events)
         for event in events:
             if isinstance(event, Ended):  # forgotten only now: frames read earlier may leave until the face hears this
                 self.store.known.pop(event.key, None)
-        self.tell(events)
 
     def _refused(self, op: StoreOp, error: Exception | None) -> None:
         """Record a failed operation. Damage is part of the schedule; any other error of the store is a finding."""

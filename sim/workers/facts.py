@@ -41,6 +41,11 @@ ROUTER_MODEL = router_facts.ModelFacts(
 )
 
 
+def address_of(worker: WorkerSetting) -> str:
+    """Address of all services of a worker."""
+    return f"{worker.worker_id}:{PORT}"
+
+
 def ring_pool(host: Host, worker: WorkerSetting) -> RingPool:
     """Shared memory that a worker offers to its peers."""
     size = slot_bytes(SPEC, worker.frame_tokens * SPEC.bytes_per_token)

@@ -131,6 +131,16 @@ class SimHost:
 class SimFetchHost(SimHost):
     """Implements FetchHost of decode_worker/fetch.py. The request travels as a value, as gRPC protects it."""
 
+    def __init__(self, place: Place, end: End, name: str) -> None:
+        super().__init__(place, end, name)
+        self.fetched: Callable[[], None] = lambda: None  # called when the fetch is over
+
+    def trace(self, action: Action) -> None:
+        """Implements `StreamHost.trace`."""
+        super().trace(action)
+        if isinstance(action, Fetched):
+            self.fetched()
+
     def send(self, envelope: bytes) -> None:
         """Implements `StreamHost.send`."""
         self._end.send(handover_pb2.FetchRequest.FromString(envelope))

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ...core.request import SequenceKey
-from ...decode_worker.fetch import FetchHost
 from ...decode_worker.pull import KvPullTools
 from ...engine.link import messages as link
 from ...kv.handover.carrier import StreamHost
@@ -24,19 +23,20 @@ from ...prefill_worker.service import PrefillService
 from ...prefill_worker.task import PrefillTask, PrefillTaskTools
 from ...protos import common_pb2, handover_pb2, worker_pb2
 from ...router.routing import facts as router_facts
+from ...router.routing.buddies import KEEPS
 from ...router.routing.facts import WorkerKey
-from ...worker.blocks.departure import Departure, hand_back_after_s
-from ...worker.blocks.fetch import FetchAnswer
+from ...worker.blocks.departure import hand_back_after_s
 from ...worker.watch import FaceLoad, Watchers
 from ..invariants import Violation, check_drained
 from ..network import End, Network
 from ..setting import Setting, WorkerSetting
 from ..world import Process
+from .blocks import Blocks
 from .cells import CELL_BYTES, DIGEST_KEY, SPEC
 from .dispatcher import SimDispatcher
 from .engine import NUMERICS, Engine
 from .faces import SessionFace, WatchFace
-from .facts import PORT, ROUTER_MODEL, face_facts, ring_pool
+from .facts import PORT, ROUTER_MODEL, address_of, face_facts, ring_pool
 from .handovers import Place, SimFetchHost, SimHost
 from .service import ORPHAN_SLACK_S, SimRunTools, SimService
 from .store import TOKENIZER, Ledger
@@ -72,7 +72,8 @@ class WorkerNode:
             Counter(),
             rings=self.rings,
         )
-        tools = SimRunTools(self.facts, pull, cast(Channels, None), node=self)
+        self.blocks = Blocks(self, pull)
+        tools = SimRunTools(self.facts, pull, cast(Channels, None), journal=self.blocks.journaling, node=self)
         self.service = SimService(tools, TOKENIZER, setting.grace_s)
         self.service.node, self.service.highest = self, {}
         jobs = PrefillTaskTools(
@@ -91,8 +92,7 @@ class WorkerNode:
         self.jobs: dict[PrefillTask, SimHost] = {}
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id: its current life
         self._place = Place(world, process, setting.is_bearable and not setting.mishaps, worker.check_s, setting.stray)
-        self._orphans: dict[SequenceKey, float] = {}  # sequences whose hand-over ended: time of the end
-        self.departure = Departure()
+        self._orphans: dict[SequenceKey, float] = {}  # sequences that nobody waits for: since when
         self._has_handed_back = False
         self.routers: Callable[[], Iterable[RouterNode]] = tuple  # those that live
         self.face = FaceLoad(worker.role)
@@ -101,7 +101,8 @@ class WorkerNode:
     @property
     def is_idle(self) -> bool:
         """True when no sequence, hand-over or run is left."""
-        return not (self.engine.num_live or self.jobs or self.service.num_running or self.dispatcher.num_owned)
+        is_busy = self.engine.num_live or self.jobs or self.service.num_running or self.dispatcher.num_owned
+        return not is_busy and self.blocks.is_idle
 
     # ------------------------------------------------------------------ what routers open
 
@@ -127,55 +128,40 @@ class WorkerNode:
             worker_id=worker.worker_id,
             incarnation=self.process.life,
             role=worker.role,
-            address=f"{worker.worker_id}:{PORT}",
+            address=address_of(worker),
             model=replace(ROUTER_MODEL, numerics_class=worker.numerics),
             num_kv_blocks=worker.num_blocks,
             block_tokens=worker.block_tokens,
             max_num_seqs=worker.limits.max_num_seqs,
             max_batch_tokens=worker.limits.max_batch_tokens,
+            capabilities=() if self.setting.journal is None else (KEEPS,),
         )
 
     # ------------------------------------------------------------------ hand-overs
 
-    def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
-        """Open a hand-over stream to the current life of the worker at the address."""
+    def peer_at(self, address: str) -> WorkerNode:
+        """The current life of the worker at an address."""
         peer = self.find(address.removesuffix(f":{PORT}"))
         assert peer is not None, address
-        near, far = self.network.connect(self.process, peer.process, f"{key.request_id}>{address}")
+        return peer
+
+    def connect(self, address: str, name: str) -> tuple[End, End]:
+        """Open a stream to the current life of the worker at an address: (our end, its end)."""
+        return self.network.connect(self.process, self.peer_at(address).process, name)
+
+    def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
+        """Open a hand-over stream to a prefill worker."""
+        peer, (near, far) = self.peer_at(address), self.connect(address, f"{key.request_id}>{address}")
         if peer.process.is_alive:
             far.on_message = lambda envelope: peer.accept_handover(far, envelope)
         return SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
 
-    def connect_source(self, key: SequenceKey, address: str) -> FetchHost:
-        """Open a stream of cached blocks from the current life of the worker at the address."""
-        source = self.find(address.removesuffix(f":{PORT}"))
-        assert source is not None, address
-        near, far = self.network.connect(self.process, source.process, f"{key.request_id}<{address}")
+    def connect_source(self, key: SequenceKey, address: str) -> SimFetchHost:
+        """Open a stream of cached blocks from another worker."""
+        source, (near, far) = self.peer_at(address), self.connect(address, f"{key.request_id}<{address}")
         if source.process.is_alive:
-            far.on_message = lambda request: source.accept_fetch(far, request)
+            far.on_message = lambda request: source.blocks.accept_fetch(far, request)
         return SimFetchHost(self._place, near, f"{key.request_id}#{key.choice} fetch")
-
-    def accept_fetch(self, end: End, request: handover_pb2.FetchRequest) -> None:
-        """Serve cached blocks, as worker/blocks/fetch.py does."""
-        end.on_message = lambda _: None  # the request may come twice
-        answer, key = FetchAnswer(request, self.facts, Counter()), SequenceKey(request.request_id, request.choice)
-        self.departure.fetch_began(key, self.world.now_s())
-        self._serve_part(end, answer, key)
-
-    def _serve_part(self, end: End, answer: FetchAnswer, key: SequenceKey) -> None:
-        part = answer.next_part()
-        if part is None or not end.is_open:
-            end.finish()
-            self.departure.fetch_ended(key, self.world.now_s(), is_whole=part is None)
-            return
-
-        def took(found: link.BlocksFetched) -> None:
-            frame = answer.frame(found)
-            if frame is not None:
-                end.send(frame)
-            self._serve_part(end, answer, key)
-
-        self.dispatcher.ask_blocks(part, answer.root, took)
 
     def leave(self, gone: Callable[[], None]) -> None:
         """Drain as a process that is told to stop: hand back what runs, let others fetch it, then call `gone`."""
@@ -188,12 +174,16 @@ class WorkerNode:
         self._perhaps_gone(end_s, gone)
 
     def _hand_back(self) -> None:
-        self.service.hand_back(lambda keys: self.departure.gave_back(keys, self.world.now_s()))
+        self.service.hand_back(lambda keys: self.blocks.departure.gave_back(keys, self.world.now_s()))
         self._has_handed_back = True
 
     def _perhaps_gone(self, end_s: float, gone: Callable[[], None]) -> None:
         now_s = self.world.now_s()
-        may_go = self._has_handed_back and self.departure.waits_until_s(now_s) is None and not self.service.num_running
+        may_go = (
+            self._has_handed_back
+            and self.blocks.departure.waits_until_s(now_s) is None
+            and not self.service.num_running
+        )
         if may_go or now_s >= end_s:
             gone()
         else:
@@ -227,7 +217,11 @@ class WorkerNode:
         if job in self.jobs:
             del self.jobs[job]
             self.prefill.leave(job)
-            self._orphans[job.key] = self.world.now_s()
+            self.must_end(job.key)
+
+    def must_end(self, key: SequenceKey) -> None:
+        """Check R7 from now on: nobody waits for this sequence, so it ends at once."""
+        self._orphans.setdefault(key, self.world.now_s())
 
     def _check_frame(self, job: PrefillTask, frame: SendFrame, envelope: bytes) -> memoryview | None:
         """Check K4: the planes of a frame are those computed for its tokens. Returns them if they are in a slot."""
@@ -268,10 +262,11 @@ class WorkerNode:
         for run in self.service.runs:
             if run._pull is not None:
                 cast(SimHost, run._pull._host).check_deadline(run._pull.receiver.next_deadline_s)
+        self.blocks.check()
         self._check_orphans()
 
     def _check_orphans(self) -> None:
-        """Check that a sequence whose hand-over ended is given up at once, not at its deadline."""
+        """Check that a sequence whose hand-over or copy ended is given up at once, not at its deadline."""
         if not self._orphans:
             return
         states, slack_s = self.engine.core.states(), ORPHAN_SLACK_S + self.process.frozen_s
@@ -279,7 +274,7 @@ class WorkerNode:
             if key not in states and not self.engine.has_waiting_commands:
                 del self._orphans[key]
             elif self.world.now_s() - since_s > slack_s:
-                raise Violation("R7", f"{self.process}: {key} lives {slack_s} s after its hand-over ended")
+                raise Violation("R7", f"{self.process}: {key} lives {slack_s} s after nobody waits for it")
 
     def check_drained(self) -> None:
         """Check K1 and K5 at the end, and that no job and no run is left."""
@@ -288,6 +283,8 @@ class WorkerNode:
         for watch in self.watches:
             if watch.is_up_to_date and watch.told != findable and not self.engine.has_waiting_commands:
                 raise Violation("K5", f"{self.process}: told {len(watch.told)} blocks, {len(findable)} are findable")
+        self.engine.check_findable()
+        self.blocks.check_drained()
         if self.rings.used:
             raise Violation("K1", f"{self.process}: {len(self.rings.used)} rings are not given back")
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:

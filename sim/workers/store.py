@@ -23,6 +23,7 @@ from ...engine.speculation.draft_model.holdings import DraftHoldings
 from ...engine.speculation.draft_model.plan import DraftPlan, DraftResult, all_failed
 from ...engine.speculation.draft_model.planner import DraftBounds, DraftPlanner
 from ...engine.store_ops import FetchOp, ReadOp, StoreOp, SwapInOp, SwapOp, SwapOutOp, WriteOp
+from ...kv.block import BlockId
 from ...kv.cache.pool import BlockPool
 from ...kv.section import HeldTokens, SectionData
 from ...kv.spec import HASH_BLOCK_TOKENS
@@ -48,12 +49,18 @@ class Ledger:
     """All tokens ever sampled, by prefix, seed and choice: only these may follow that prefix in a client's stream."""
 
     sampled: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    cells: dict[bytes, list[int]] = field(default_factory=dict)  # of hash blocks, by identity
 
     def sample(self, cell: int, seed: int, choice: int, noise: int) -> int:
         """Sample the token that follows a prefix, and record it."""
         token_id = _sampled(cell, seed, choice, noise)
         self.sampled.setdefault((cell, seed, choice), []).append(token_id)
         return token_id
+
+    def named(self, identities: Sequence[bytes], cells: Sequence[int]) -> None:
+        """Record what the leading hash blocks of a chain must contain."""
+        for place, identity in enumerate(identities):
+            self.cells[identity] = list(cells[place * HASH_BLOCK_TOKENS : (place + 1) * HASH_BLOCK_TOKENS])
 
     def may_follow(self, token_id: int, cell: int, seed: int, choice: int) -> bool:
         """Return whether any worker sampled this token after exactly this prefix."""
@@ -171,6 +178,12 @@ class Store:
     def swap_in(self, op: SwapInOp) -> bool:
         """Copy back into fresh blocks. Returns whether the digests match."""
         return self._host.swap_in(_on_host(op), _held(op, op.token_start, op.token_start + op.token_count))
+
+    def check_findable(self, identity: bytes, block: BlockId) -> None:
+        """Check K7: a findable block holds what its identity names, as far as an order has said that."""
+        cells = self._ledger.cells.get(identity)
+        if cells is not None and not self._device.has(block, cells):
+            raise Violation("K7", f"block {block} is found by an identity and does not hold its tokens")
 
     def leaves_as_computed(self, key: SequenceKey, token_start: int, planes: bytes) -> bool:
         """Return whether planes that leave this worker are the cells of their tokens."""

@@ -103,3 +103,17 @@ def test_a_run_that_is_over_is_not_offered_and_its_answer_is_nothing():
     made.grew(A, 200)
     assert made.next(0.0) is None
     assert made.next_s(0.0) is None
+
+
+def test_offers_of_runs_that_have_ended_are_still_under_way():
+    made = journal()
+    for key in (A, B, C):
+        made.grew(key, 100)
+    offers = [made.next(0.0), made.next(0.0)]
+    made.end(A)
+    made.end(B)
+    assert made.next(0.0) is None
+    assert offers[0] is not None
+    made.answered(offers[0], 0, 0.0)
+    assert made.next(0.0) == Offer(C, 96)
+    assert made.num_under_way == 2

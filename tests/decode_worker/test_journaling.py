@@ -10,6 +10,7 @@ import pytest
 
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import CacheScope, SequenceKey
+from twostroke.decode_worker.buddy_calls import BuddyCalls
 from twostroke.decode_worker.journal import Journal, JournalLimits
 from twostroke.decode_worker.journaling import Journaling
 from twostroke.protos import handover_pb2
@@ -39,7 +40,8 @@ def order() -> Any:
 
 def made(buddy: Buddy, counters: Counter[str]) -> Journaling:
     journal = Journal(JournalLimits(1e9, retry_s=0.01), 1, 16)
-    return Journaling(journal, buddy, MonotonicClock(), counters, lambda: "me:1")  # type: ignore[arg-type]
+    calls = BuddyCalls(buddy)  # type: ignore[arg-type]
+    return Journaling(journal, calls, MonotonicClock(), counters, lambda: "me:1")
 
 
 async def test_a_run_may_end_before_its_offer_is_sent(caplog: pytest.LogCaptureFixture) -> None:
@@ -67,3 +69,27 @@ async def test_a_buddy_that_answers_nonsense_has_kept_nothing_and_is_asked_again
     assert counters["journal_offers"] == counters["journal_blocks"] == 0
     assert buddy.offers[:2] == [64, 64]
     journaling.close()
+
+
+async def test_a_buddy_that_says_it_has_more_than_was_offered_has_kept_nothing() -> None:
+    buddy, counters = Buddy(handover_pb2.KeepReply(kept_tokens=2**32 - 1).SerializeToString()), Counter[str]()
+    journaling = made(buddy, counters)
+    journaling.begin(order())
+    journaling.grew(KEY, [1, 2], has_kv=True)
+    async with asyncio.timeout(10):
+        while not counters["journal_refused"]:
+            await asyncio.sleep(0.001)
+    assert counters["journal_offers"] == counters["journal_blocks"] == 0
+    journaling.close()
+
+
+async def test_after_the_close_nothing_is_offered() -> None:
+    buddy, counters = Buddy(handover_pb2.KeepReply(kept_tokens=0).SerializeToString()), Counter[str]()
+    journaling = made(buddy, counters)
+    journaling.begin(order())
+    journaling.grew(KEY, [1, 2], has_kv=True)
+    journaling.close()
+    await asyncio.sleep(0.05)
+    journaling.grew(KEY, [3] * 100, has_kv=True)
+    await asyncio.sleep(0.05)
+    assert buddy.offers == []

@@ -159,6 +159,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "decode_worker/router_session": ("tests/decode_worker/test_router_session.py", *_SESSION),
     "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION, "tests/worker/test_fetching.py"),
+    "decode_worker/journaling": ("tests/decode_worker/test_journaling.py",),
+    "decode_worker/buddy_calls": ("tests/decode_worker/test_journaling.py",),
     "decode_worker/journal": ("tests/decode_worker/test_journal.py",),
     "decode_worker/sources": ("tests/decode_worker/test_sources.py",),
     "decode_worker/fetch": ("tests/worker/test_fetching.py",),
@@ -263,7 +265,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
     "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
-    "worker/blocks/keep": ("tests/worker/test_why_not_kept.py", "tests/worker/test_keeping.py"),
+    "worker/blocks/keep": (
+        "tests/worker/test_why_not_kept.py",
+        "tests/worker/test_keeping.py",
+        "tests/worker/test_copies.py",
+    ),
+    "worker/blocks/copies": ("tests/worker/test_copies.py", "tests/worker/test_keeping.py"),
     "worker/blocks/departure": ("tests/worker/test_departure.py",),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (

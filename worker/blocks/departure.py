@@ -45,12 +45,16 @@ class Departure:
         self._changed_s = now_s
 
     def fetch_began(self, key: SequenceKey, now_s: float) -> None:
-        """Blocks are asked for on behalf of a choice."""
+        """Blocks are asked for on behalf of a choice; or of nobody who waits, with an empty key: not counted."""
+        if not key.request_id:
+            return
         self._running[key] += 1
         self._changed_s = now_s
 
     def fetch_ended(self, key: SequenceKey, now_s: float, *, is_whole: bool) -> None:
         """A fetch is over. `is_whole`: all that is here and was asked for has been sent."""
+        if not key.request_id:
+            return
         self._running[key] -= 1
         if not self._running[key]:
             del self._running[key]

@@ -43,7 +43,7 @@ class FetchService:
     async def fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
         """Handler of Blocks.Fetch: yields frames of the longest leading part that is held, in order."""
         wanted = await _parsed(request, context)
-        if self._departing is None or not wanted.request_id:
+        if self._departing is None:
             async for frame in self._frames(wanted):
                 yield frame
             return

@@ -1,185 +1,39 @@
-"""Blocks.Keep: fetches blocks that a decode worker offers, into the prefix cache. Knows no router and no text.
-
-    KeepRequest ─▶ engine Submit (PEER) ─▶ Promised ─▶ Bind ─▶ Bound ─▶ fetch ─▶ KvComplete ─▶ Ended: all is cached
-
-A sequence of the engine holds the blocks while they are written; nothing is computed for it. When its last block is
-there it ends, and its blocks are cached like those of any sequence. One that misses a block leaves none.
-"""
+"""Blocks.Keep: the call by which a decode worker has its blocks copied. Knows no engine; copies.py makes the copy."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-from collections.abc import Callable
-from typing import NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from ...core.errors import InvalidRequest
-from ...core.ports import check_address
-from ...core.request import CacheScope, SamplingParams, SequenceKey
-from ...decode_worker.fetch import FetchHost, KvFetch
-from ...decode_worker.pull import KvPullTools
-from ...engine.facts import FaceFacts
-from ...engine.link import messages as link
-from ...engine.link.client import SequenceEvent
-from ...kv.handover.fetching import BlockFetch, FetchEnd, Wanted
-from ...kv.handover.machine import Fetched
 from ...kv.handover.transports.grpc import ServerContext
-from ...kv.keys import PromptNames
-from ...kv.messages import scope_from_wire
-from ...kv.spec import HASH_BLOCK_TOKENS
 from ...protos import handover_pb2
-from .keeping import why_not_kept
-
-log = logging.getLogger(__name__)
-
-KEEP_S = 5.0  # longest time for one copy
-LOWEST = -1_000_000  # priority: every other sequence goes first
-
-Connect = Callable[[str, float], FetchHost]
-"""Opens a stream of cached blocks from an address, for at most so many seconds."""
-
-
-class Copied(NamedTuple):
-    """The chain of a copy. Implements `Lacking` of decode_worker/fetch.py."""
-
-    engine_key: SequenceKey
-    scope: CacheScope
-    names: PromptNames
-    token_ids: tuple[int, ...]
-    address: str
-    key: SequenceKey = SequenceKey("", 0)
-
-
-class KeepTask:
-    """One copy, from its request until its sequence has ended."""
-
-    def __init__(self, copied: Copied, facts: FaceFacts, tools: KvPullTools, connect: Connect) -> None:
-        self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # leading tokens that are cached
-        self._copied = copied
-        self._facts = facts
-        self._tools = tools
-        self._connect = connect
-        self._deadline_s = tools.clock.now_s() + KEEP_S
-        self._held = 0
-        self._is_whole = False
-        self._fetch: KvFetch | None = None
-
-    def start(self) -> None:
-        """Submit the sequence to the engine."""
-        copied, dispatcher = self._copied, self._tools.dispatcher
-        dispatcher.own(copied.engine_key, self._handle)
-        dispatcher.send(
-            link.Submit(
-                key=copied.engine_key,
-                source=link.Source.PEER,
-                prompt_ids=copied.token_ids,
-                identities=copied.names.identities,
-                identity_root=copied.names.root,
-                params=SamplingParams(max_tokens=1),
-                priority=LOWEST,
-                deadline_s=self._deadline_s,
-            )
-        )
-
-    def cancel(self) -> None:
-        """Make no copy after all."""
-        self._tools.dispatcher.send(link.CancelSequence(self._copied.engine_key))
-
-    def _handle(self, event: SequenceEvent) -> None:
-        match event:
-            case link.Promised(key, held_tokens):
-                self._held = held_tokens
-                self._tools.dispatcher.send(link.Bind(key))
-            case link.NotYet():
-                self.cancel()  # others need the room
-            case link.Bound():
-                self._get_blocks()
-            case link.KvWritten(_, token_start, token_count):
-                if self._fetch is not None:
-                    self._fetch.written(token_start, token_count)
-            case link.Ended():
-                if self._fetch is not None:
-                    self._fetch.cancel()
-                if not self.ended.done():
-                    self.ended.set_result(len(self._copied.token_ids) if self._is_whole else self._held)
-            case _:
-                log.debug("%s: %s is nothing to a copy", self._copied.engine_key, type(event).__name__)
-
-    def _get_blocks(self) -> None:
-        copied, model, now_s = self._copied, self._facts.model, self._tools.clock.now_s()
-        identities = copied.names.identities[self._held // HASH_BLOCK_TOKENS :]
-        numerics_class = model.numerics_class if model.deterministic else None
-        wanted = Wanted(identities, self._held, numerics_class, model.kv_spec.main.windowed)
-        fetch = BlockFetch(wanted, self._tools.timing.silence_s, self._deadline_s, now_s)
-        host = self._connect(copied.address, KEEP_S)
-        self._fetch = KvFetch(fetch, host, copied, self._tools, self._fetched)
-
-    def _fetched(self, fetched: Fetched) -> None:
-        key = self._copied.engine_key
-        self._fetch = None
-        self._is_whole = fetched.end == FetchEnd.COMPLETE
-        if self._is_whole:
-            self._tools.dispatcher.send(link.KvComplete(key, 0))  # which ends it: it wants one token
-        else:
-            self.cancel()
+from .copies import Copies
 
 
 class KeepService:
     """Keeps copies for other workers. The guard has checked before that the caller may ask."""
 
-    def __init__(self, facts: FaceFacts, tools: KvPullTools, connect: Connect) -> None:
-        self._facts = facts
-        self._tools = tools
-        self._connect = connect
-        self._keys = itertools.count(1)
-        self._num_keeping = 0
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
 
     async def keep(self, request: bytes, context: ServerContext) -> bytes:
         """Handler of Blocks.Keep."""
+        answer: asyncio.Future[handover_pb2.KeepReply] = asyncio.get_running_loop().create_future()
+
+        def replied(reply: handover_pb2.KeepReply) -> None:
+            if not answer.done():  # else the caller has left
+                answer.set_result(reply)
+
         try:
-            wanted = handover_pb2.KeepRequest.FromString(request)
-            copied = self._copied(wanted)
+            task = self._copies.begin(handover_pb2.KeepRequest.FromString(request), replied)
         except (DecodeError, InvalidRequest) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        reply = await self._keep(copied, wanted.identity_root)
-        return reply.SerializeToString()
-
-    async def _keep(self, copied: Copied, identity_root: bytes) -> handover_pb2.KeepReply:
-        counters, dispatcher = self._tools.counters, self._tools.dispatcher
-        num_blocks = -(-len(copied.token_ids) // self._facts.block_tokens)
-        why = why_not_kept(dispatcher.last_load, num_blocks, self._num_keeping)
-        if copied.names.root != identity_root:
-            why = "weights, numerics or keys differ"
-        if why:
-            counters["keeps_refused"] += 1
-            return handover_pb2.KeepReply(reason=why)
-        self._num_keeping += 1
-        task = KeepTask(copied, self._facts, self._tools, self._connect)
+            raise
         try:
-            task.start()
-            kept = await task.ended
+            return (await answer).SerializeToString()
         finally:
-            self._num_keeping -= 1
-            if not task.ended.done():
-                task.cancel()  # the caller has left
-        is_whole = kept == len(copied.token_ids)
-        counters["kept_copies" if is_whole else "keeps_failed"] += 1
-        return handover_pb2.KeepReply(kept_tokens=kept, reason="" if is_whole else "not all blocks came")
-
-    def _copied(self, wanted: handover_pb2.KeepRequest) -> Copied:
-        """The chain of a request.
-
-        Raises:
-            InvalidRequest: no whole blocks, ids outside the vocabulary, or no address.
-        """
-        token_ids, scope = tuple(wanted.token_ids), scope_from_wire(wanted)
-        self._facts.model.check_prompt(token_ids, max(0, len(token_ids) - 1))  # the engine says if it is too long
-        if len(token_ids) % HASH_BLOCK_TOKENS:
-            raise InvalidRequest(f"{len(token_ids)} token ids; must be whole blocks of {HASH_BLOCK_TOKENS}")
-        key = SequenceKey(f"keep/{next(self._keys)}", 0)
-        address = check_address(wanted.address, "address")
-        return Copied(key, scope, self._facts.namer.name(token_ids, scope), token_ids, address)
+            if task is not None:
+                task.cancel()  # it matters only if the caller has left
