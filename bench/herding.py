@@ -25,9 +25,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from twostroke.core.request import Role, SequenceKey
+from twostroke.router.routing.candidates import PolicyLimits, RequestFacts
 from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts
 from twostroke.router.routing.fleet import Fleet, FleetLimits
-from twostroke.router.routing.policy import PolicyLimits, RequestFacts, choose
+from twostroke.router.routing.policy import choose
 from twostroke.router.routing.views import count_work, views_of
 
 REPORT_S = 0.1

@@ -18,8 +18,9 @@ from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.orders import Orders
 from ..router.requests.roster import Roster
 from ..router.requests.state import RequestState, RequestStates, Stage
+from ..router.routing.candidates import PolicyLimits, RequestFacts, RoutingDecision, Source, WorkerView
 from ..router.routing.facts import WorkerKey
-from ..router.routing.policy import PolicyLimits, RequestFacts, RoutingDecision, Source, WorkerView, choose
+from ..router.routing.policy import choose
 from .planting import Planted, instead
 
 # ------------------------------------------------------------------ streams and epochs

@@ -23,9 +23,9 @@ from ..router.requests.lifecycle import Lifecycle
 from ..router.requests.roster import Roster
 from ..router.requests.state import RequestState, Stage
 from ..router.requests.surroundings import LifeLimits, Order
+from ..router.routing.candidates import PolicyLimits
 from ..router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ..router.routing.fleet import Fleet, FleetChange
-from ..router.routing.policy import PolicyLimits
 from ..router.routing.prefixes import PrefixMap
 from .invariants import Violation
 from .links import Link

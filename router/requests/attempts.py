@@ -8,8 +8,8 @@ from typing import NamedTuple
 from ...core.errors import Overloaded, TwostrokeError
 from ...core.request import Epoch
 from ...core.timeline import Timeline
+from ..routing.candidates import RoutingDecision
 from ..routing.facts import WorkerKey
-from ..routing.policy import RoutingDecision
 
 
 class Left(NamedTuple):

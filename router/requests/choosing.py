@@ -8,8 +8,9 @@ from dataclasses import replace
 from ...core.request import Request, Role
 from ...kv.block import BlockIdentity
 from ..routing.buddies import buddy_of
+from ..routing.candidates import RoutingDecision, Source
 from ..routing.known_worker import Worker
-from ..routing.policy import RoutingDecision, Source, choose
+from ..routing.policy import choose
 from ..routing.views import views_of
 from .roster import Roster
 from .state import RequestState

@@ -17,10 +17,10 @@ from ...kv.block import BlockIdentity
 from ...protos import worker_pb2
 from ..config import RouterConfig
 from ..metrics import RouterMetrics
+from ..routing.candidates import PolicyLimits
 from ..routing.coefficients import PredictionError
 from ..routing.facts import ModelFacts, WorkerKey
 from ..routing.fleet import FleetChange, FleetLimits
-from ..routing.policy import PolicyLimits
 from ..routing.views import RETRY_AFTER_S
 from ..workers.registry import Identity, RegistryHandlers, WorkerRegistry
 from .admission.bounds import AdmissionLimits

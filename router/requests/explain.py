@@ -10,11 +10,11 @@ from typing import Any
 from ...core.request import SamplingParams
 from ...core.sampling import FIELD_BY_NAME, Form, SamplingField
 from ...core.timeline import Instant, Timeline
+from ..routing.candidates import Candidate, RoutingDecision
 from ..routing.coefficients import FIELDS, Coefficients
 from ..routing.cordoned import Cordoned
 from ..routing.facts import GpuFacts
 from ..routing.known_worker import Worker
-from ..routing.policy import Candidate, RoutingDecision
 from ..routing.recorded import asked_to_json
 from .attempts import Dispatch
 from .state import RequestState

@@ -32,8 +32,8 @@ from ...core.request import Request, SequenceKey
 from ...core.timeline import Instant, Timeline
 from ...kv.messages import epoch_from_wire
 from ...protos import worker_pb2
+from ..routing.candidates import RoutingDecision
 from ..routing.facts import WorkerKey
-from ..routing.policy import RoutingDecision
 from ..routing.views import RETRY_AFTER_S, model_of
 from .admission.entrance import Announced, Entrance
 from .choosing import Chooser

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...core.request import Epoch, SequenceKey
+from ..routing.candidates import RoutingDecision
 from ..routing.fleet import Fleet
-from ..routing.policy import RoutingDecision
 from ..routing.views import count_work
 from ..workers.wire import cancel_to_wire, peer_to_wire, submit_to_wire
 from .attempts import Dispatch

@@ -19,8 +19,8 @@ from ...core.timeline import Instant, Timeline
 from ...kv.block import BlockIdentity
 from ...kv.messages import adopt_instants, epoch_from_wire, error_from_wire, finish_from_wire, logprobs_from_wire
 from ...protos import worker_pb2
+from ..routing.candidates import RequestFacts
 from ..routing.facts import ModelFacts, WorkerKey
-from ..routing.policy import RequestFacts
 from ..routing.views import RETRY_AFTER_S
 from ..workers.wire import transfer_of
 from .attempts import Dispatch, Left

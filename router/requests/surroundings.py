@@ -14,8 +14,8 @@ from ...core.errors import TwostrokeError
 from ...core.request import Epoch, Request
 from ...kv.block import BlockIdentity
 from ...protos import worker_pb2
+from ..routing.candidates import PolicyLimits
 from ..routing.facts import ModelFacts, WorkerKey
-from ..routing.policy import PolicyLimits
 from .admission.bounds import AdmissionLimits
 from .state import RequestState, Timer
 

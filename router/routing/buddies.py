@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...kv.handover.pairing import why_refused
-from .policy import RoutingDecision, WorkerView
+from .candidates import RoutingDecision, WorkerView
 
 KEEPS = "blocks.keep.1"
 """Capability of a worker that can keep copies."""

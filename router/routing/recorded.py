@@ -12,9 +12,9 @@ from typing import Any
 from ...core.errors import InvalidRequest
 from ...core.request import Role
 from ...kv.spec import Component, KvSpec, LayerGroup
+from .candidates import Asked, PolicyLimits, RequestFacts, Source, WorkerView
 from .coefficients import Coefficients
 from .facts import WorkerKey
-from .policy import Asked, PolicyLimits, RequestFacts, Source, WorkerView
 
 _SIDE = ("numerics", "capabilities", "kv_spec", "num_ranks")
 _PLAIN = tuple(field.name for field in fields(WorkerView) if field.name not in (*_SIDE, "key", "role", "coefficients"))

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from ...core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
 from ...core.request import Request, Role, SequenceKey
 from ...kv.keys import identity_class
+from .candidates import RequestFacts, RoutingDecision, WorkerView
 from .coefficients import coefficients_of, guess, pairs_of
 from .facts import ModelFacts
 from .fleet import Fleet
 from .known_worker import Dispatched, Worker
-from .policy import RequestFacts, RoutingDecision, WorkerView
 
 RETRY_AFTER_S = 1.0
 

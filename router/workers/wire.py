@@ -23,8 +23,8 @@ from ...kv.messages import (
 )
 from ...kv.spec import KvSpec
 from ...protos import common_pb2, worker_pb2
+from ..routing.candidates import Source, WorkerView
 from ..routing.facts import AdapterFacts, GpuFacts, LoadFacts, ModelFacts, WorkerFacts
-from ..routing.policy import Source, WorkerView
 
 _LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in ("counters", "spreads", "gpus")]
 

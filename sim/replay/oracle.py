@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...kv.spec import HASH_BLOCK_TOKENS
+from ...router.routing.candidates import PolicyLimits, RequestFacts, WorkerView
 from ...router.routing.coefficients import Coefficients, pairs_of
-from ...router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
+from ...router.routing.policy import choose
 from ...router.routing.views import views_of
 from .policies import Query, Route
 from .spec import HANDOVER_BYTES_PER_S

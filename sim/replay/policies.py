@@ -13,8 +13,8 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from ...core.request import Role
+from ...router.routing.candidates import RequestFacts
 from ...router.routing.known_worker import Worker
-from ...router.routing.policy import RequestFacts
 
 
 class Stage(Enum):

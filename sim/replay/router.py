@@ -22,9 +22,9 @@ from ...router.requests.lifecycle import Lifecycle
 from ...router.requests.roster import Roster
 from ...router.requests.state import RequestState
 from ...router.requests.surroundings import LifeLimits, Order
+from ...router.routing.candidates import Candidate, RoutingDecision, Terms
 from ...router.routing.facts import ModelFacts, WorkerFacts, WorkerKey
 from ...router.routing.fleet import Fleet, FleetChange, FleetLimits
-from ...router.routing.policy import Candidate, RoutingDecision, Terms
 from ...router.routing.prefixes import PrefixMap
 from ...router.routing.views import views_of
 from .clock import Planned, VirtualClock

@@ -184,6 +184,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "router/workers/links": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/routing/buddies": ("tests/router/routing/test_buddies.py",),
     "router/routing/policy": (*_PURE, "tests/router/routing/test_fetches.py"),
+    "router/routing/costs": (*_PURE, "tests/router/routing/test_fetches.py"),
+    "router/routing/candidates": _PURE,
     "router/routing/recorded": (
         "tests/router/routing/test_fetches.py",
         "tests/router/routing/test_recorded.py",

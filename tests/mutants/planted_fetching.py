@@ -4,6 +4,7 @@ from mutant import Mutant
 
 FETCHING = "kv/handover/fetching.py"
 POLICY = "router/routing/policy.py"
+COSTS = "router/routing/costs.py"
 
 MUTANTS = [
     Mutant(FETCHING, "        if not frame.is_intact:\n", "        if False:\n"),
@@ -43,8 +44,8 @@ MUTANTS = [
     Mutant(
         POLICY, "if s.view.key != decode.key and why_refused(s.view, decode) is None]", "if s.view.key != decode.key]"
     ),
-    Mutant(POLICY, "        if held <= own.held or not (", "        if not ("),
-    Mutant(POLICY, "seconds = (held - own.held) * decode", "seconds = held * decode"),
+    Mutant(COSTS, "        if held <= own.held or not (", "        if not ("),
+    Mutant(COSTS, "seconds = (held - own.held) * decode", "seconds = held * decode"),
     Mutant(POLICY, "    if winner.prefill is None and not winner.sources:\n", "    if winner.prefill is None:\n"),
     Mutant("decode_worker/journal.py", "(num_tokens - 1) // self._block_tokens", "num_tokens // self._block_tokens"),
     Mutant("decode_worker/journal.py", "        if self._room <= 0 or self", "        if self"),

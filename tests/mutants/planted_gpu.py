@@ -54,7 +54,7 @@ MUTANTS = [
         "return self._spare.popleft() if self._spare else None",
         "return self._spare[0] if self._spare else None",
     ),
-    Mutant("router/routing/policy.py", "            slower * (queue_ms + prefill_ms),\n", "            0.0,\n"),
-    Mutant("router/routing/policy.py", "            slower * (decode_queue_ms + steps_ms),\n", "            0.0,\n"),
+    Mutant("router/routing/costs.py", "            slower * (queue_ms + prefill_ms),\n", "            0.0,\n"),
+    Mutant("router/routing/costs.py", "            slower * (decode_queue_ms + steps_ms),\n", "            0.0,\n"),
     Mutant("router/routing/cordoned.py", "                self._found.pop(gpu.uuid, None)\n", "                pass\n"),
 ]

@@ -91,7 +91,7 @@ _ROUTER = [
     Mutant("kv/handover/pairing.py", "    if prefill.numerics != decode.numerics:\n", "    if False:\n"),
     Mutant("router/routing/policy.py", "if d.role is Role.COMBINED or limits.local_prefill]", "if True]"),
     Mutant(
-        "router/routing/policy.py", "uncached = request.prompt_tokens - held\n", "uncached = request.prompt_tokens\n"
+        "router/routing/costs.py", "uncached = request.prompt_tokens - held\n", "uncached = request.prompt_tokens\n"
     ),
     Mutant(
         "router/routing/policy.py",
@@ -99,28 +99,28 @@ _ROUTER = [
         "return min(equal, key=lambda c: (-c.in_flight,",
     ),
     Mutant(
-        "router/routing/policy.py",
+        "router/routing/costs.py",
         "speed.work_ms(worker.queued_prefill_tokens, worker.queued_prefill_pairs)",
         "speed.work_ms(worker.queued_prefill_tokens, 0.0)",
     ),
     Mutant(
-        "router/routing/policy.py",
+        "router/routing/costs.py",
         "if self._request.prompt_tokens - d.held < HASH_BLOCK_TOKENS:",
         "if self._request.prompt_tokens - d.held <= HASH_BLOCK_TOKENS:",
     ),
     Mutant(
-        "router/routing/policy.py",
+        "router/routing/candidates.py",
         "if self.prefill is None or self.is_under_a_block else",
         "if self.prefill is None else",
     ),
     Mutant("router/routing/policy.py", "    if winner.prefill and winner.is_under_a_block:\n", "    if False:\n"),
     Mutant(
-        "router/routing/policy.py",
+        "router/routing/costs.py",
         "disturbed = min(worker.num_decoding, self._limits.max_disturbed)\n",
         "disturbed = worker.num_decoding\n",
     ),
     Mutant(
-        "router/routing/policy.py",
+        "router/routing/costs.py",
         "disturbed = min(decode.num_decoding, self._limits.max_disturbed) +",
         "disturbed = decode.num_decoding +",
     ),

@@ -13,8 +13,8 @@ from twostroke.router.requests.lifecycle import MAX_RESUMED_DISPATCHES
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.requests.suspects import PROOF_TOKENS
 from twostroke.router.routing.buddies import KEEPS
+from twostroke.router.routing.candidates import PolicyLimits
 from twostroke.router.routing.facts import WorkerFacts, WorkerKey
-from twostroke.router.routing.policy import PolicyLimits
 
 LONG = SamplingParams(max_tokens=100)
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from twostroke.core.request import Role
 from twostroke.router.routing.buddies import KEEPS, buddy_of
+from twostroke.router.routing.candidates import PolicyLimits, RequestFacts, WorkerView
 from twostroke.router.routing.coefficients import Coefficients
 from twostroke.router.routing.facts import WorkerKey
-from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
+from twostroke.router.routing.policy import choose
 
 VIEW = WorkerView(
     key=WorkerKey("d0", 1),

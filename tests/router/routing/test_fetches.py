@@ -5,17 +5,11 @@ from dataclasses import replace
 
 from twostroke.core.request import Role
 from twostroke.kv.spec import attention_spec
+from twostroke.router.routing.candidates import PolicyLimits, RequestFacts, Source, WorkerView
 from twostroke.router.routing.coefficients import Coefficients
+from twostroke.router.routing.costs import MOST_LEFT_TOKENS
 from twostroke.router.routing.facts import WorkerKey
-from twostroke.router.routing.policy import (
-    MOST_LEFT_TOKENS,
-    PolicyLimits,
-    RequestFacts,
-    Source,
-    WorkerView,
-    choose,
-    sources_for,
-)
+from twostroke.router.routing.policy import choose, sources_for
 from twostroke.router.routing.recorded import asked_from_json, asked_to_json
 
 VIEW = WorkerView(

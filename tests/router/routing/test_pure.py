@@ -18,6 +18,7 @@ from twostroke.router.requests.admission.bounds import Admission, AdmissionLimit
 from twostroke.router.requests.delivery import Delivery, DeliveryVerdict, PieceBuffer
 from twostroke.router.requests.history import RequestHistory
 from twostroke.router.requests.pieces import OutputDelta
+from twostroke.router.routing.candidates import PolicyLimits, RequestFacts, WorkerView
 from twostroke.router.routing.coefficients import Coefficients
 from twostroke.router.routing.facts import (
     GpuFacts,
@@ -29,7 +30,7 @@ from twostroke.router.routing.facts import (
 )
 from twostroke.router.routing.fleet import Fleet
 from twostroke.router.routing.known_worker import Worker
-from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
+from twostroke.router.routing.policy import choose
 
 messages = st.lists(
     st.tuples(st.sampled_from(["tokens", "end", "dispatch"]), st.integers(0, 2), st.integers(1, 4), st.integers(0, 6)),

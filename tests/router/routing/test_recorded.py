@@ -8,9 +8,10 @@ import pytest
 from twostroke.core.errors import InvalidRequest
 from twostroke.core.request import Role
 from twostroke.kv.spec import attention_spec, mla_spec
+from twostroke.router.routing.candidates import PolicyLimits, RequestFacts, WorkerView
 from twostroke.router.routing.coefficients import Coefficients
 from twostroke.router.routing.facts import WorkerKey
-from twostroke.router.routing.policy import PolicyLimits, RequestFacts, WorkerView, choose
+from twostroke.router.routing.policy import choose
 from twostroke.router.routing.recorded import asked_from_json, asked_to_json
 
 VIEW = WorkerView(

@@ -27,9 +27,10 @@ from twostroke.core.request import Epoch, FinishReason, Role, SequenceKey
 from twostroke.kv.spec import attention_spec
 from twostroke.router.requests.admission.bounds import Admission, AdmissionLimits, Offer
 from twostroke.router.requests.delivery import Delivery
+from twostroke.router.routing.candidates import Candidate, PolicyLimits, RequestFacts, RoutingDecision
 from twostroke.router.routing.facts import GpuFacts, LoadFacts, ModelFacts, WorkerFacts, WorkerKey
 from twostroke.router.routing.fleet import Fleet, FleetChange
-from twostroke.router.routing.policy import Candidate, PolicyLimits, RequestFacts, RoutingDecision, choose
+from twostroke.router.routing.policy import choose
 from twostroke.router.routing.views import count_work, views_of
 
 SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios" / "router").glob("*.txt"))

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from twostroke.core.request import Role, SequenceKey
+from twostroke.router.routing.candidates import RequestFacts
 from twostroke.router.routing.facts import LoadFacts, ModelFacts, WorkerFacts
 from twostroke.router.routing.known_worker import Dispatched, Worker
-from twostroke.router.routing.policy import RequestFacts
 from twostroke.sim.replay.peers import DynamoKv, LlmdWeighted, SglangCacheAware
 from twostroke.sim.replay.policies import LeastLoaded, PowerOfTwo, PrefixOnly, Query, Question, RoundRobin, Stage
 
