@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from .choice import ChoiceText
 from .order import Order
 from .pull import KvPull
 
+log = logging.getLogger(__name__)
+
 
 class Ending(NamedTuple):
     """End of a run for the client."""
@@ -28,6 +31,20 @@ class Ending(NamedTuple):
     tail_text: str
     num_tokens: int  # generated, those of earlier dispatches included
     num_shown: int  # those of them that are part of the text
+
+
+def ending_of(event: link.Ended, reason: FinishReason, choice: ChoiceText) -> Ending:
+    """The end of a choice, with the text that was withheld until now. `reason`: as far as it was known before."""
+    tail = ""
+    try:
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            tail = choice.flush()
+    except Exception:  # a failure in the text of this choice must not end others
+        log.exception("%s: the last text could not be made; the choice ends with an error", event.key)
+        reason = FinishReason.ERROR
+    if reason is FinishReason.LENGTH and choice.ended is not None:
+        reason = choice.ended  # the withheld text completed a stop string
+    return Ending(event, reason, tail, choice.num_tokens, choice.num_shown)
 
 
 @dataclass(slots=True)

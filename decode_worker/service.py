@@ -19,7 +19,8 @@ from .ledger import Ledger, Standing
 from .order import Order, key_of, order_from_wire
 from .report import known_end_message, refusal_message
 from .router_session import RouterSession, SessionContext, SessionTiming
-from .task import DecodeTask, DecodeTaskTools
+from .task import DecodeTask
+from .tools import DecodeTaskTools
 
 log = logging.getLogger(__name__)
 

@@ -14,62 +14,30 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from ..core.errors import TransportUnavailable
-from ..core.request import FinishReason, SequenceKey
+from ..core.request import FinishReason
 from ..core.timeline import Instant, Timeline
-from ..engine.adapters import AdapterTable
-from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import SequenceEvent
-from ..kv.handover.carrier import StreamHost
-from ..kv.handover.driver import ClientDriver, FetchDriver
 from ..kv.handover.fetching import BlockFetch
 from ..kv.handover.machine import Fetched, GotFirstToken, Label, Lost
-from ..kv.handover.pairing import CAPABILITIES
 from ..kv.handover.plane_channel import GLOO, GRPC, SHM
 from ..kv.handover.receiver import Receiver
-from ..kv.handover.transports.grpc import Channels
-from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
 from ..kv.spec import HASH_BLOCK_TOKENS
-from ..kv.windows import windows_from
-from ..protos import handover_pb2
 from .choice import ChoiceText
-from .fetch import FetchHost, KvFetch
-from .journaling import Journaling
+from .fetch import KvFetch
+from .messages import open_of, submit_of
 from .order import Order, Peer
 from .outbox import NO_SCORES, Outbox, Scores
-from .pull import NOTHING, REFUSALS, KvPull, KvPullTools, Offer
-from .report import Ending, HandoverTotals, end_message, life_of
+from .pull import NOTHING, REFUSALS, KvPull, Offer
+from .report import HandoverTotals, end_message, ending_of, life_of
 from .sources import MOST_LEFT_TOKENS, SourceLine
+from .tools import DecodeTaskTools
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeTaskTools:
-    """Dependencies shared by all runs of a worker."""
-
-    facts: FaceFacts
-    pull: KvPullTools
-    channels: Channels
-    adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
-    journal: Journaling | None = None  # None: no stream has a buddy
-
-    def connect(self, key: SequenceKey, address: str) -> StreamHost:
-        """Open a hand-over stream to a prefill worker for a sequence."""
-        del key
-        pull = self.pull
-        return ClientDriver(self.channels.transfer(address), pull.clock, pull.executor, pull.timing.silence_s)
-
-    def connect_source(self, key: SequenceKey, address: str, timeout_s: float) -> FetchHost:
-        """Open a stream of cached blocks from another worker for a sequence."""
-        del key
-        pull, stream = self.pull, self.channels.fetch_stream(address, timeout_s)
-        return FetchDriver(stream, pull.clock, pull.executor, pull.timing.silence_s)
 
 
 class DecodeTask:
@@ -117,23 +85,9 @@ class DecodeTask:
     def start(self) -> None:
         """Submit the sequence to the engine."""
         order = self.order
-        names = order.prompt.names
         dispatcher = self._tools.pull.dispatcher
         dispatcher.own(order.engine_key, self.handle)
-        dispatcher.send(
-            link.Submit(
-                key=order.engine_key,
-                source=link.Source.PEER if order.peers or order.sources else link.Source.LOCAL,
-                prompt_ids=order.prompt_ids,
-                identities=names.identities,
-                identity_root=names.root,
-                params=order.params,
-                num_emitted=order.num_emitted,
-                priority=order.priority,
-                deadline_s=self._deadline_s,
-                adapter_slot=self.adapter_slot,
-            )
-        )
+        dispatcher.send(submit_of(order, self._deadline_s, self.adapter_slot))
         if not (order.peers or order.sources):
             self.told.local_reason = "ordered"
         if self._tools.journal is not None:
@@ -285,37 +239,13 @@ class DecodeTask:
             return
         label = Label(order.key.request_id, order.key.choice, order.epoch)
         now_s = tools.pull.clock.now_s()
-        receiver = Receiver(label, self._open(now_s, offer), tools.pull.timing, self._deadline_s, now_s)
+        opening = open_of(order, tools.facts, self._held_tokens, self._deadline_s - now_s, offer)
+        receiver = Receiver(label, opening, tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens
         self._pull_waits = False
         host = tools.connect(order.engine_key, peer.address)
         self._pull = KvPull(receiver, host, order.engine_key, self, tools.pull, offer=offer)
-
-    def _open(self, now_s: float, offer: Offer) -> handover_pb2.Open:
-        order, facts = self.order, self._tools.facts
-        return handover_pb2.Open(
-            prompt_ids=order.prompt_ids,
-            held_tokens=self._held_tokens,
-            sampling=sampling_to_wire(order.params),
-            **scope_to_wire(order.scope),
-            kv_spec=spec_to_wire(facts.model.kv_spec),
-            numerics_class=facts.model.numerics_class,
-            deterministic=facts.model.deterministic,
-            frame_slots=facts.frame_slots,
-            timeout_ms=max(1, round((self._deadline_s - now_s) * 1000)),
-            capabilities=CAPABILITIES,
-            worker_id=facts.worker_id,
-            priority=order.priority,
-            emitted_tokens=order.num_emitted,
-            identity_root=order.prompt.names.root,
-            shared_memory=None if offer.ring is None else offer.ring.memory.offer(),
-            pair=0 if offer.pair is None else offer.pair.number,
-            pair_key=offer.pair_key,
-            required_transport=facts.transport.required,
-            tensor_parallel_size=facts.num_ranks,
-            windows_from=windows_from(facts.model.kv_spec.main.windowed, self._held_tokens, len(order.prompt_ids)),
-        )
 
     def bind_wanted(self) -> None:
         """Implements `PullOwner.bind_wanted`. A second peer may ask for blocks that the engine has bound already."""
@@ -423,17 +353,7 @@ class DecodeTask:
         if self._last_token_s is not None:
             self.timeline.mark(Instant.LAST_TOKEN, self._last_token_s)
         self.timeline.mark(Instant.FINISHED, self._tools.pull.clock.now_s())
-        reason = self._verdict or event.reason
-        tail = ""
-        try:
-            if reason in (FinishReason.STOP, FinishReason.LENGTH):
-                tail = self._choice.flush()
-        except Exception:
-            log.exception("%s: the last text could not be made; the choice ends with an error", self.order.key)
-            reason = FinishReason.ERROR
-        if reason is FinishReason.LENGTH and self._choice.ended is not None:
-            reason = self._choice.ended  # the withheld text completed a stop string
-        ending = Ending(event, reason, tail, self._choice.num_tokens, self._choice.num_shown)
+        ending = ending_of(event, self._verdict or event.reason, self._choice)
         spec, timeline = self._tools.facts.model.kv_spec, self.told.complete_timeline(self.timeline)
         self._outbox.add_end(end_message(self.order, ending, self.told, timeline, spec))
         self._tools.pull.ended(life_of(self.order, ending, self.told, timeline, self._gaps_s))

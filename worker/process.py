@@ -30,7 +30,7 @@ from ..decode_worker.journaling import Journaling
 from ..decode_worker.pairs import Pairs, PairShape
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
-from ..decode_worker.task import DecodeTaskTools
+from ..decode_worker.tools import DecodeTaskTools
 from ..engine.adapters import AdapterBounds, AdapterTable
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link

@@ -11,7 +11,8 @@ from ...core.request import Role, SequenceKey
 from ...decode_worker.order import Order, Peer
 from ...decode_worker.outbox import Outbox
 from ...decode_worker.pull import KvPullTools
-from ...decode_worker.task import DecodeTask, DecodeTaskTools
+from ...decode_worker.task import DecodeTask
+from ...decode_worker.tools import DecodeTaskTools
 from ...engine.link import messages as link
 from ...kv.handover.carrier import Check, Hear, StreamHost
 from ...kv.handover.damage import verify_frame

@@ -11,7 +11,8 @@ from ...decode_worker.fetch import FetchHost
 from ...decode_worker.ledger import RouterKey
 from ...decode_worker.router_session import RouterSession
 from ...decode_worker.service import DecodeService
-from ...decode_worker.task import DecodeTask, DecodeTaskTools
+from ...decode_worker.task import DecodeTask
+from ...decode_worker.tools import DecodeTaskTools
 from ...kv.handover.carrier import StreamHost
 from ...kv.messages import epoch_from_wire
 from ...protos import worker_pb2

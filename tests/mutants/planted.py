@@ -158,6 +158,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_paired_workers.py",
     ),
     "decode_worker/router_session": ("tests/decode_worker/test_router_session.py", *_SESSION),
+    "decode_worker/messages": ("tests/decode_worker/test_task.py", *_SESSION, "tests/worker/test_fetching.py"),
     "decode_worker/task": ("tests/decode_worker/test_task.py", *_SESSION, "tests/worker/test_fetching.py"),
     "decode_worker/journaling": ("tests/decode_worker/test_journaling.py",),
     "decode_worker/buddy_calls": ("tests/decode_worker/test_journaling.py",),
