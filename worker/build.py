@@ -13,19 +13,12 @@ from ..checkpoint.adapters.adapter import AdapterLimits, read_adapter
 from ..checkpoint.spec import ModelSpec
 from ..core.clock import Clock
 from ..core.errors import ConfigError, RankLost
-from ..core.request import Role
-from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.adapters import AdapterFiles
-from ..engine.core import CoreLimits, EngineCore
 from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
-from ..engine.policy import StepLimits, scored_rows
 from ..kernels.cpu.build import NativeUnavailable, built_library
-from ..kv.cache.pool import BlockPool
-from ..kv.cache.prefix import PrefixCache
-from ..kv.handover.plane_channel import TransportPolicy
-from ..kv.keys import PromptHasher, digest_key, identity_key
+from ..kv.keys import digest_key
 from ..kv.sizing import PoolSize
 from ..kv.slices import RankSlices
 from ..kv.store.host_store import HostStore
@@ -35,11 +28,11 @@ from ..model.ops.device import resolve_device
 from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, resolve
 from ..model.runner import Runner
 from ..model.weights.tensors import open_source, weights_fingerprint
-from ..prefill_worker.policy import prefill_policy
 from ..text.grammar import GrammarCompiler
 from ..text.incremental import check_decoder
 from ..text.tokenizer import Tokenizer
 from .adapters import ReadAdapter
+from .assembly import engine_core, face_facts
 from .automatic import SizedWorker, size_worker
 from .machine import cores, cores_of_rank, machine_facts, pin_thread
 from .rank_order import RankOrder
@@ -102,21 +95,20 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         refuse_role(settings.model_name, settings.role)
     draft = resolved_draft(settings, kind)
     sized = _sized(settings, resolved, draft)
-    step, cache, pool_size = sized.step, sized.cache, sized.pool
+    pool_size = sized.pool
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
     check_draft(draft, tokenizer)
     # many chat models name their end of turn in the tokenizer only
     resolved = replace(resolved.ends_with(tokenizer.eos_ids), max_model_len=sized.max_model_len)
     model = _model_facts(settings, resolved)
-    key = identity_key(settings.cluster_key)
     options = RunnerOptions(
         num_blocks=pool_size.num_blocks,
-        block_tokens=cache.block_size,
+        block_tokens=sized.cache.block_size,
         num_threads=settings.num_threads,
         digest_key=digest_key(settings.cluster_key),
         gpu=settings.gpu,
-        graph_seqs=step.max_num_seqs,
+        graph_seqs=sized.step.max_num_seqs,
         num_states=sized.num_states,
     )
     late = _LateEngine()
@@ -127,49 +119,12 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         if ranks is not None:
             ranks.close()
         raise
-    decided = settings.model_copy(update={"step": step, "cache": cache})
+    decided = settings.model_copy(update={"step": sized.step, "cache": sized.cache})
     guessing = load_guessing(decided, resolved, draft, runner, options)
     runner.serve_grammars(GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids).start)
-    limits = StepLimits(step.max_num_seqs, step.max_num_batched_tokens, step.max_waiting, target_ms=step.target_ms)
-    roles = {
-        Role.PREFILL: prefill_policy(limits),
-        Role.DECODE: decode_policy(limits),
-        Role.COMBINED: combined_policy(limits),
-    }
-    pool = BlockPool(pool_size.num_blocks, cache.block_size)
-    bounds = CoreLimits(
-        model.max_model_len,
-        pool_size.num_swap_blocks,
-        scored_rows(model.vocab_size),
-        num_states=sized.num_states,
-        num_seats=step.max_num_seqs,
-    )
-    prefix = PrefixCache(pool, enabled=cache.prefix_caching, windowed=model.kv_spec.main.windowed)
-    core = EngineCore(
-        bounds,
-        pool,
-        prefix,
-        roles[settings.role],
-        eos_ids=model.eos_ids,
-        key=key,
-        roles=roles,
-        speculation=None if guessing is None else guessing.speculation,
-    )
+    core = engine_core(settings, sized, model, None if guessing is None else guessing.speculation)
     link = ThreadLink()
-    facts = FaceFacts(
-        worker_id=settings.worker_id,
-        model=model,
-        namer=PromptHasher.of(key, model),
-        digest_key=options.digest_key,
-        num_blocks=pool_size.num_blocks,
-        block_tokens=cache.block_size,
-        frame_bytes=cache.frame_bytes,
-        frame_slots=cache.frame_slots,
-        max_num_seqs=step.max_num_seqs,
-        max_batch_tokens=step.max_num_batched_tokens,
-        transport=TransportPolicy(cache.transport, cache.require_transport),
-        num_ranks=settings.num_ranks,
-    )
+    facts = face_facts(settings, sized, model)
     present = frozenset(open_source(directory).shapes())
     adapter_limits = AdapterLimits(settings.model.max_lora_rank, settings.model.max_lora_bytes)
     read = partial(_adapter_files, spec=resolved.spec, present=present, limits=adapter_limits)
