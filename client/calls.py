@@ -54,6 +54,7 @@ class Options(ModelOption, SamplingOptions, total=False):
     timeout_s: float  # for the whole call; for a stream, until its end
     resumable: bool  # a stream that is kept for its client: a lost connection is opened again by itself
     idempotency_key: str  # the same key and request: the same answer, also when sent twice
+    priority: int  # lower is earlier; the API key's is the default and the earliest that it gives
 
 
 class GenerateOptions(Options, total=False):
@@ -198,6 +199,11 @@ def _fill(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, op
         if options["n"] == 0:  # on the wire, 0 means absent
             raise InvalidRequest("n is 0; must be at least 1", param="n")
         _set(request, "num_choices", options["n"], "n")
+    priority = options.get("priority")
+    if priority is not None:
+        if isinstance(priority, bool):  # protobuf would take it for 0 or 1
+            raise InvalidRequest(f"priority is {priority}; must be a whole number", param="priority")
+        _set(request, "priority", priority)
     request.sampling.SetInParent()
     for field in FIELDS:
         value = options.get(field.api)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from twostroke.protos import common_pb2 as twostroke_dot_protos_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n twostroke/protos/inference.proto\x12\x0ctwostroke.v1\x1a\x1dtwostroke/protos/common.proto\"\x8a\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.twostroke.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0c\n\x04user\x18\x07 \x01(\t\x12\x0e\n\x06suffix\x18\x08 \x01(\t\x12\x11\n\tresumable\x18\t \x01(\x08\x12\x17\n\x0fidempotency_key\x18\n \x01(\tB\x08\n\x06prompt\"3\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\x8e\x02\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12%\n\x05parts\x18\x03 \x03(\x0b\x32\x16.twostroke.v1.TextPart\x12\x11\n\x04name\x18\x04 \x01(\tH\x01\x88\x01\x01\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.twostroke.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x1e\n\x11reasoning_content\x18\x07 \x01(\tH\x03\x88\x01\x01\x42\n\n\x08_contentB\x07\n\x05_nameB\x0f\n\r_tool_call_idB\x14\n\x12_reasoning_content\"\x18\n\x08TextPart\x12\x0c\n\x04text\x18\x01 \x01(\t\"C\n\x08ToolCall\x12\x0f\n\x02id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\tB\x05\n\x03_id\"\xce\x02\n\x0b\x43hatOptions\x12\x1c\n\x14\x63hat_template_kwargs\x18\x01 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x11\n\tdocuments\x18\x04 \x01(\t\x12\x1d\n\x10reasoning_effort\x18\x05 \x01(\tH\x02\x88\x01\x01\x12\r\n\x05tools\x18\x06 \x01(\t\x12\x13\n\x0btool_choice\x18\x07 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x08 \x01(\x08H\x03\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x13\n\x11_reasoning_effortB\x16\n\x14_parallel_tool_calls\"\x88\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.twostroke.v1.ChatMessage\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0c\n\x04user\x18\x06 \x01(\t\x12*\n\x07options\x18\x07 \x01(\x0b\x32\x19.twostroke.v1.ChatOptions\x12\x11\n\tresumable\x18\x08 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\"\xd9\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.twostroke.v1.FinishReason\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x06 \x01(\t\x12*\n\ntool_calls\x18\x07 \x03(\x0b\x32\x16.twostroke.v1.ToolCall\"\xb6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x14.twostroke.v1.Choice\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.twostroke.v1.Usage\x12\x34\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\"\x83\x03\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x13\n\x0b\x66irst_index\x18\x06 \x01(\r\x12\x31\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1a.twostroke.v1.FinishReason\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.twostroke.v1.Usage\x12\x0e\n\x06\x63ursor\x18\t \x01(\t\x12-\n\x08logprobs\x18\n \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x34\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x0c \x01(\t\x12*\n\ntool_calls\x18\r \x03(\x0b\x32\x16.twostroke.v1.ToolCall\"e\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.twostroke.v1.TokenizeChatH\x00\x42\x07\n\x05input\"g\n\x0cTokenizeChat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.twostroke.v1.ChatMessage\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.twostroke.v1.ChatOptions\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\".\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.twostroke.v1.ModelCard\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0f\x45xplainResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x10\n\x0e\x43lusterRequest\"\x1f\n\x0f\x43lusterResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xe5\x05\n\tInference\x12I\n\x08Generate\x12\x1d.twostroke.v1.GenerateRequest\x1a\x1e.twostroke.v1.GenerateResponse\x12N\n\x0eGenerateStream\x12\x1d.twostroke.v1.GenerateRequest\x1a\x1b.twostroke.v1.GenerateChunk0\x01\x12\x41\n\x04\x43hat\x12\x19.twostroke.v1.ChatRequest\x1a\x1e.twostroke.v1.GenerateResponse\x12\x46\n\nChatStream\x12\x19.twostroke.v1.ChatRequest\x1a\x1b.twostroke.v1.GenerateChunk0\x01\x12\x44\n\x06Resume\x12\x1b.twostroke.v1.ResumeRequest\x1a\x1b.twostroke.v1.GenerateChunk0\x01\x12I\n\x08Tokenize\x12\x1d.twostroke.v1.TokenizeRequest\x1a\x1e.twostroke.v1.TokenizeResponse\x12O\n\nListModels\x12\x1f.twostroke.v1.ListModelsRequest\x1a .twostroke.v1.ListModelsResponse\x12@\n\x05\x41\x62ort\x12\x1a.twostroke.v1.AbortRequest\x1a\x1b.twostroke.v1.AbortResponse\x12\x46\n\x07\x45xplain\x12\x1c.twostroke.v1.ExplainRequest\x1a\x1d.twostroke.v1.ExplainResponse\x12\x46\n\x07\x43luster\x12\x1c.twostroke.v1.ClusterRequest\x1a\x1d.twostroke.v1.ClusterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n twostroke/protos/inference.proto\x12\x0ctwostroke.v1\x1a\x1dtwostroke/protos/common.proto\"\xae\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.twostroke.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x0c\n\x04user\x18\x07 \x01(\t\x12\x0e\n\x06suffix\x18\x08 \x01(\t\x12\x11\n\tresumable\x18\t \x01(\x08\x12\x17\n\x0fidempotency_key\x18\n \x01(\t\x12\x15\n\x08priority\x18\x0b \x01(\x11H\x01\x88\x01\x01\x42\x08\n\x06promptB\x0b\n\t_priority\"3\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\x8e\x02\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12%\n\x05parts\x18\x03 \x03(\x0b\x32\x16.twostroke.v1.TextPart\x12\x11\n\x04name\x18\x04 \x01(\tH\x01\x88\x01\x01\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.twostroke.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\x1e\n\x11reasoning_content\x18\x07 \x01(\tH\x03\x88\x01\x01\x42\n\n\x08_contentB\x07\n\x05_nameB\x0f\n\r_tool_call_idB\x14\n\x12_reasoning_content\"\x18\n\x08TextPart\x12\x0c\n\x04text\x18\x01 \x01(\t\"C\n\x08ToolCall\x12\x0f\n\x02id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\tB\x05\n\x03_id\"\xce\x02\n\x0b\x43hatOptions\x12\x1c\n\x14\x63hat_template_kwargs\x18\x01 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x11\n\tdocuments\x18\x04 \x01(\t\x12\x1d\n\x10reasoning_effort\x18\x05 \x01(\tH\x02\x88\x01\x01\x12\r\n\x05tools\x18\x06 \x01(\t\x12\x13\n\x0btool_choice\x18\x07 \x01(\t\x12 \n\x13parallel_tool_calls\x18\x08 \x01(\x08H\x03\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x13\n\x11_reasoning_effortB\x16\n\x14_parallel_tool_calls\"\xac\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.twostroke.v1.ChatMessage\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.twostroke.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x0c\n\x04user\x18\x06 \x01(\t\x12*\n\x07options\x18\x07 \x01(\x0b\x32\x19.twostroke.v1.ChatOptions\x12\x11\n\tresumable\x18\x08 \x01(\x08\x12\x17\n\x0fidempotency_key\x18\t \x01(\t\x12\x15\n\x08priority\x18\n \x01(\x11H\x00\x88\x01\x01\x42\x0b\n\t_priority\"\xd9\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.twostroke.v1.FinishReason\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x06 \x01(\t\x12*\n\ntool_calls\x18\x07 \x03(\x0b\x32\x16.twostroke.v1.ToolCall\"\xb6\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x14.twostroke.v1.Choice\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.twostroke.v1.Usage\x12\x34\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\"\x83\x03\n\rGenerateChunk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x13\n\x0b\x66irst_index\x18\x06 \x01(\r\x12\x31\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1a.twostroke.v1.FinishReason\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.twostroke.v1.Usage\x12\x0e\n\x06\x63ursor\x18\t \x01(\t\x12-\n\x08logprobs\x18\n \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x34\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x1b.twostroke.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x0c \x01(\t\x12*\n\ntool_calls\x18\r \x03(\x0b\x32\x16.twostroke.v1.ToolCall\"e\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.twostroke.v1.TokenizeChatH\x00\x42\x07\n\x05input\"g\n\x0cTokenizeChat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.twostroke.v1.ChatMessage\x12*\n\x07options\x18\x02 \x01(\x0b\x32\x19.twostroke.v1.ChatOptions\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\".\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.twostroke.v1.ModelCard\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0f\x45xplainResponse\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x10\n\x0e\x43lusterRequest\"\x1f\n\x0f\x43lusterResponse\x12\x0c\n\x04json\x18\x01 \x01(\t2\xe5\x05\n\tInference\x12I\n\x08Generate\x12\x1d.twostroke.v1.GenerateRequest\x1a\x1e.twostroke.v1.GenerateResponse\x12N\n\x0eGenerateStream\x12\x1d.twostroke.v1.GenerateRequest\x1a\x1b.twostroke.v1.GenerateChunk0\x01\x12\x41\n\x04\x43hat\x12\x19.twostroke.v1.ChatRequest\x1a\x1e.twostroke.v1.GenerateResponse\x12\x46\n\nChatStream\x12\x19.twostroke.v1.ChatRequest\x1a\x1b.twostroke.v1.GenerateChunk0\x01\x12\x44\n\x06Resume\x12\x1b.twostroke.v1.ResumeRequest\x1a\x1b.twostroke.v1.GenerateChunk0\x01\x12I\n\x08Tokenize\x12\x1d.twostroke.v1.TokenizeRequest\x1a\x1e.twostroke.v1.TokenizeResponse\x12O\n\nListModels\x12\x1f.twostroke.v1.ListModelsRequest\x1a .twostroke.v1.ListModelsResponse\x12@\n\x05\x41\x62ort\x12\x1a.twostroke.v1.AbortRequest\x1a\x1b.twostroke.v1.AbortResponse\x12\x46\n\x07\x45xplain\x12\x1c.twostroke.v1.ExplainRequest\x1a\x1d.twostroke.v1.ExplainResponse\x12\x46\n\x07\x43luster\x12\x1c.twostroke.v1.ClusterRequest\x1a\x1d.twostroke.v1.ClusterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,49 +33,49 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twostroke.protos.inference_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=82
-  _globals['_GENERATEREQUEST']._serialized_end=348
-  _globals['_RESUMEREQUEST']._serialized_start=350
-  _globals['_RESUMEREQUEST']._serialized_end=401
-  _globals['_CHATMESSAGE']._serialized_start=404
-  _globals['_CHATMESSAGE']._serialized_end=674
-  _globals['_TEXTPART']._serialized_start=676
-  _globals['_TEXTPART']._serialized_end=700
-  _globals['_TOOLCALL']._serialized_start=702
-  _globals['_TOOLCALL']._serialized_end=769
-  _globals['_CHATOPTIONS']._serialized_start=772
-  _globals['_CHATOPTIONS']._serialized_end=1106
-  _globals['_CHATREQUEST']._serialized_start=1109
-  _globals['_CHATREQUEST']._serialized_end=1373
-  _globals['_CHOICE']._serialized_start=1376
-  _globals['_CHOICE']._serialized_end=1593
-  _globals['_GENERATERESPONSE']._serialized_start=1596
-  _globals['_GENERATERESPONSE']._serialized_end=1778
-  _globals['_GENERATECHUNK']._serialized_start=1781
-  _globals['_GENERATECHUNK']._serialized_end=2168
-  _globals['_TOKENIZEREQUEST']._serialized_start=2170
-  _globals['_TOKENIZEREQUEST']._serialized_end=2271
-  _globals['_TOKENIZECHAT']._serialized_start=2273
-  _globals['_TOKENIZECHAT']._serialized_end=2376
-  _globals['_TOKENIZERESPONSE']._serialized_start=2378
-  _globals['_TOKENIZERESPONSE']._serialized_end=2438
-  _globals['_LISTMODELSREQUEST']._serialized_start=2440
-  _globals['_LISTMODELSREQUEST']._serialized_end=2459
-  _globals['_MODELCARD']._serialized_start=2461
-  _globals['_MODELCARD']._serialized_end=2507
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2509
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2570
-  _globals['_ABORTREQUEST']._serialized_start=2572
-  _globals['_ABORTREQUEST']._serialized_end=2606
-  _globals['_ABORTRESPONSE']._serialized_start=2608
-  _globals['_ABORTRESPONSE']._serialized_end=2638
-  _globals['_EXPLAINREQUEST']._serialized_start=2640
-  _globals['_EXPLAINREQUEST']._serialized_end=2676
-  _globals['_EXPLAINRESPONSE']._serialized_start=2678
-  _globals['_EXPLAINRESPONSE']._serialized_end=2709
-  _globals['_CLUSTERREQUEST']._serialized_start=2711
-  _globals['_CLUSTERREQUEST']._serialized_end=2727
-  _globals['_CLUSTERRESPONSE']._serialized_start=2729
-  _globals['_CLUSTERRESPONSE']._serialized_end=2760
-  _globals['_INFERENCE']._serialized_start=2763
-  _globals['_INFERENCE']._serialized_end=3504
+  _globals['_GENERATEREQUEST']._serialized_end=384
+  _globals['_RESUMEREQUEST']._serialized_start=386
+  _globals['_RESUMEREQUEST']._serialized_end=437
+  _globals['_CHATMESSAGE']._serialized_start=440
+  _globals['_CHATMESSAGE']._serialized_end=710
+  _globals['_TEXTPART']._serialized_start=712
+  _globals['_TEXTPART']._serialized_end=736
+  _globals['_TOOLCALL']._serialized_start=738
+  _globals['_TOOLCALL']._serialized_end=805
+  _globals['_CHATOPTIONS']._serialized_start=808
+  _globals['_CHATOPTIONS']._serialized_end=1142
+  _globals['_CHATREQUEST']._serialized_start=1145
+  _globals['_CHATREQUEST']._serialized_end=1445
+  _globals['_CHOICE']._serialized_start=1448
+  _globals['_CHOICE']._serialized_end=1665
+  _globals['_GENERATERESPONSE']._serialized_start=1668
+  _globals['_GENERATERESPONSE']._serialized_end=1850
+  _globals['_GENERATECHUNK']._serialized_start=1853
+  _globals['_GENERATECHUNK']._serialized_end=2240
+  _globals['_TOKENIZEREQUEST']._serialized_start=2242
+  _globals['_TOKENIZEREQUEST']._serialized_end=2343
+  _globals['_TOKENIZECHAT']._serialized_start=2345
+  _globals['_TOKENIZECHAT']._serialized_end=2448
+  _globals['_TOKENIZERESPONSE']._serialized_start=2450
+  _globals['_TOKENIZERESPONSE']._serialized_end=2510
+  _globals['_LISTMODELSREQUEST']._serialized_start=2512
+  _globals['_LISTMODELSREQUEST']._serialized_end=2531
+  _globals['_MODELCARD']._serialized_start=2533
+  _globals['_MODELCARD']._serialized_end=2579
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2581
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2642
+  _globals['_ABORTREQUEST']._serialized_start=2644
+  _globals['_ABORTREQUEST']._serialized_end=2678
+  _globals['_ABORTRESPONSE']._serialized_start=2680
+  _globals['_ABORTRESPONSE']._serialized_end=2710
+  _globals['_EXPLAINREQUEST']._serialized_start=2712
+  _globals['_EXPLAINREQUEST']._serialized_end=2748
+  _globals['_EXPLAINRESPONSE']._serialized_start=2750
+  _globals['_EXPLAINRESPONSE']._serialized_end=2781
+  _globals['_CLUSTERREQUEST']._serialized_start=2783
+  _globals['_CLUSTERREQUEST']._serialized_end=2799
+  _globals['_CLUSTERRESPONSE']._serialized_start=2801
+  _globals['_CLUSTERRESPONSE']._serialized_end=2832
+  _globals['_INFERENCE']._serialized_start=2835
+  _globals['_INFERENCE']._serialized_end=3576
 # @@protoc_insertion_point(module_scope)

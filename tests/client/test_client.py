@@ -42,7 +42,8 @@ def client(kind: Any, address: str) -> Iterator[Any]:
 
 
 def test_generates(client, peer):
-    answer = client.generate("hello", max_tokens=3, n=2, temperature=0, stop="\n", request_id="mine", seed=2**63)
+    sampling = {"temperature": 0, "stop": "\n", "seed": 2**63}
+    answer = client.generate("hello", max_tokens=3, n=2, request_id="mine", priority=-4, **sampling)
     assert answer.text == "0.0 0.1 0.2 "
     assert [choice.token_ids for choice in answer.choices] == [(0, 1, 2), (1000, 1001, 1002)]
     assert answer.choices[1].finish_reason == "length"
@@ -55,6 +56,7 @@ def test_generates(client, peer):
     assert not seen.sampling.HasField("top_p")
     assert list(seen.sampling.stop) == ["\n"]
     assert seen.sampling.seed == 2**63
+    assert seen.priority == -4
 
 
 def test_generates_from_token_ids(client, peer):
@@ -376,6 +378,9 @@ def test_a_lost_piece_is_noticed(client, peer, prompt):
         ({"seed": -(2**63) - 1}, "seed"),
         ({"seed": 10**5000}, "seed"),
         ({"top_k": -2}, "top_k"),
+        ({"priority": 2**40}, "priority"),
+        ({"priority": "high"}, "priority"),
+        ({"priority": True}, "priority"),
     ],
 )
 def test_a_value_that_cannot_be_sent_is_named(client, peer, options, param):

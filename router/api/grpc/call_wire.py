@@ -96,6 +96,7 @@ def _common(said: Said) -> dict[str, Any]:
         "model": message.model or None,
         "n": message.num_choices or None,
         "sampling": _sampling(message.sampling),
+        "priority": message.priority if message.HasField("priority") else None,
         "request_id": message.request_id or None,
         "api_key": said.api_key,
         "timeout_s": checked_left_s(said.left_s),
