@@ -6,7 +6,7 @@ from support.fakes.list_router import Router
 from twostroke.core import errors
 from twostroke.core.request import Role
 from twostroke.router.requests.state import Stage
-from twostroke.router.routing.facts import WorkerKey
+from twostroke.router.routing.facts import WorkerKey, WorkerState
 
 KEY = WorkerKey("a", 1)
 
@@ -113,3 +113,19 @@ def test_the_last_worker_that_may_return_ends_the_wait() -> None:
     assert run.stage is Stage.ROUTING
     pass_s(router, 11)
     assert isinstance(run.error, errors.Unavailable)
+
+
+def test_a_new_request_waits_for_a_suspect_as_for_one_that_is_lost() -> None:
+    """Its usual patience is over before it is known whether the worker lives."""
+    router = Router("a", return_s=30.0, worker_patience_s=0.3)
+    router.pass_s(1.5)
+    router.roster.tick(router.now_s, 100)
+    assert [worker.state for worker in router.roster.fleet] == [WorkerState.SUSPECT]
+    run = router.ask(timeout_s=60.0)
+    router.pass_s(0.4)
+    assert run.error is None
+    assert run.stage is Stage.ROUTING
+    router.roster.beat(KEY, None, router.now_s)
+    router.roster.tick(router.now_s, 100)
+    router.pass_s(0.1)
+    assert run.dispatches[-1].decode == KEY
