@@ -6,6 +6,7 @@ import planted_adapters
 import planted_adoption
 import planted_api
 import planted_certificates
+import planted_dialects
 import planted_discovery
 import planted_doors
 import planted_draft_model
@@ -231,6 +232,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/router/api/dialects/test_responses.py",
         "tests/router/test_stored_responses.py",
     ),
+    "router/api/dialects/": (
+        "tests/router/api/dialects/test_dialects.py",
+        "tests/router/api/dialects/test_responses.py",
+    ),
+    "router/api/grpc/call_wire": ("tests/router/api/test_grpc_priority.py",),
     "router/api/kserve/": ("tests/router/api/dialects/test_kserve.py",),
     "router/journal/": ("tests/router/test_journal.py", "tests/router/test_stored_responses.py"),
     "router/": (*_PURE, "tests/router/requests/test_flow.py"),
@@ -309,6 +315,7 @@ MUTANTS = [
     *planted_states.MUTANTS,
     *planted_windows.MUTANTS,
     *planted_pairs.MUTANTS,
+    *planted_dialects.MUTANTS,
     *planted_fetching.MUTANTS,
     *planted_int4.MUTANTS,
 ]
