@@ -117,3 +117,13 @@ def test_offers_of_runs_that_have_ended_are_still_under_way():
     made.answered(offers[0], 0, 0.0)
     assert made.next(0.0) == Offer(C, 96)
     assert made.num_under_way == 2
+
+
+def test_quiet_times_save_no_more_than_a_second_s_bytes():
+    made = journal(bytes_per_token=10)
+    assert made.next(0.0) is None
+    made.grew(A, 500)
+    made.grew(B, 500)
+    assert made.next(1000.0) is not None
+    assert made.next(1000.0) is None
+    assert made.next_s(1000.0) == pytest.approx(1003.96)
