@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -83,13 +84,68 @@ async def test_a_buddy_that_says_it_has_more_than_was_offered_is_asked_again() -
     journaling.close()
 
 
-async def test_after_the_close_nothing_is_offered() -> None:
-    buddy, counters = Buddy(handover_pb2.KeepReply(kept_tokens=0).SerializeToString()), Counter[str]()
-    journaling = made(buddy, counters)
+class Calls:
+    """Buddies whose calls wait in a list."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[handover_pb2.KeepRequest, Callable[[bytes | None], None]]] = []
+
+    def keep(self, address: str, request: bytes, timeout_s: float, answered: Callable[[bytes | None], None]) -> None:
+        self.waiting.append((handover_pb2.KeepRequest.FromString(request), answered))
+
+    def after(self, delay_s: float, act: Callable[[], None]) -> Any:
+        return SimpleNamespace(cancel=lambda: None)
+
+    def close(self) -> None: ...
+
+    def offered(self) -> list[int]:
+        return [len(request.token_ids) for request, _ in self.waiting]
+
+
+def journal_of(calls: Calls) -> Journaling:
+    return Journaling(Journal(JournalLimits(1e9), 1, 16), calls, MonotonicClock(), Counter(), lambda: "me:1")
+
+
+def test_nothing_is_offered_before_its_kv_is_here() -> None:
+    calls = Calls()
+    journaling = journal_of(calls)
     journaling.begin(order())
-    journaling.grew(KEY, [1, 2], has_kv=True)
+    journaling.grew(KEY, [1], has_kv=False)
+    assert calls.offered() == []
+    journaling.grew(KEY, [2], has_kv=True)
+    assert calls.offered() == [64]
+    assert list(calls.waiting[0][0].token_ids) == list(range(64))
+
+
+def test_a_run_that_is_over_is_offered_no_more_and_its_offer_is_awaited() -> None:
+    calls = Calls()
+    journaling = journal_of(calls)
+    journaling.begin(order())
+    journaling.grew(KEY, [1], has_kv=True)
+    journaling.end(KEY)
+    assert not journaling.is_idle
+    calls.waiting[0][1](None)
+    assert journaling.is_idle
+    assert calls.offered() == [64]
+
+
+@pytest.mark.parametrize(("place", "offered"), [(0, []), (1, [64])])
+def test_only_the_first_prefill_worker_is_believed_to_hold_the_prompt(place: int, offered: list[int]) -> None:
+    calls = Calls()
+    journaling = journal_of(calls)
+    asked = order()
+    peers = [SimpleNamespace(worker_id="other", address="o:1")]
+    peers.insert(place, asked.buddy)
+    asked.peers = tuple(peers)
+    journaling.begin(asked)
+    journaling.grew(KEY, [1], has_kv=True)
+    assert calls.offered() == offered
+
+
+def test_after_the_close_nothing_is_offered() -> None:
+    calls = Calls()
+    journaling = journal_of(calls)
     journaling.close()
-    await asyncio.sleep(0.05)
-    journaling.grew(KEY, [3] * 100, has_kv=True)
-    await asyncio.sleep(0.05)
-    assert buddy.offers == []
+    journaling.begin(order())
+    journaling.grew(KEY, [1], has_kv=True)
+    assert calls.offered() == []
