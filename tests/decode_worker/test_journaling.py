@@ -84,6 +84,21 @@ async def test_a_buddy_that_says_it_has_more_than_was_offered_is_asked_again() -
     journaling.close()
 
 
+async def test_a_call_that_breaks_is_an_answer() -> None:
+    class Broken(Buddy):
+        async def keep(self, address: str, request: bytes, timeout_s: float) -> bytes:
+            raise RuntimeError("the channel is broken")
+
+    counters = Counter[str]()
+    journaling = made(Broken(b""), counters)
+    journaling.begin(order())
+    journaling.grew(KEY, [1, 2], has_kv=True)
+    async with asyncio.timeout(10):
+        while not counters["journal_refused"]:
+            await asyncio.sleep(0.001)
+    journaling.close()
+
+
 class Calls:
     """Buddies whose calls wait in a list."""
 
@@ -103,7 +118,9 @@ class Calls:
 
 
 def journal_of(calls: Calls) -> Journaling:
-    return Journaling(Journal(JournalLimits(1e9), 1, 16), calls, MonotonicClock(), Counter(), lambda: "me:1")
+    return Journaling(
+        Journal(JournalLimits(1e9, retry_s=0.0), 1, 16), calls, MonotonicClock(), Counter(), lambda: "me:1"
+    )
 
 
 def test_nothing_is_offered_before_its_kv_is_here() -> None:

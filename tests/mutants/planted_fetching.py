@@ -137,7 +137,12 @@ MUTANTS = [
     ),
     Mutant(FETCHING, "        if self.wanted.numerics_class is not None and frame", "        if False and frame"),
     Mutant(FETCHING, "        if frame.sequence != self._num_frames + 1:\n", "        if False:\n"),
-    Mutant(FETCHING, "or end > self.wanted.end_token:\n", "or False:\n"),
+    Mutant(
+        FETCHING,
+        "or end > self.wanted.end_token:\n",
+        "or False:\n",
+        survives="blocks behind the last one have identities that were not asked for, which the next check finds",
+    ),
     Mutant(FETCHING, "            self._writing.clear()  # the sequence", "            pass  # the sequence"),
     Mutant(FETCHING, "        if now_s >= self._deadline_s:\n", "        if False:\n"),
     Mutant(FETCHING, "FetchEnd.CLOSED if self._num_frames else FetchEnd.EMPTY", "FetchEnd.CLOSED"),

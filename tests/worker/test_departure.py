@@ -56,3 +56,12 @@ def test_nobody_who_asks_for_long_enough_means_that_nobody_will():
 )
 def test_running_work_is_handed_back_in_time_to_be_moved(grace_s, kv_bytes, bytes_per_s, after_s):
     assert hand_back_after_s(grace_s, kv_bytes, bytes_per_s) == pytest.approx(after_s)
+
+
+def test_a_fetch_that_nobody_waits_for_does_not_keep_it():
+    departure, nobody = Departure(), SequenceKey("", 0)
+    departure.fetch_began(nobody, 10.0)
+    assert departure.waits_until_s(10.0) is None
+    departure.fetch_ended(nobody, 11.0, is_whole=True)
+    departure.gave_back([A], 12.0)
+    assert departure.waits_until_s(12.0) == 12.0 + QUIET_S
