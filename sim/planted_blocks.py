@@ -153,5 +153,5 @@ BUGS: tuple[Planted, ...] = (
     Planted(callers_that_leave_are_served, ("R7",), 100, copying_in_bad_weather),
     Planted(failed_copies_count, ("K1",), 100, copying_in_bad_weather),
     Planted(copies_wait_for_room, ("K1",), 100, copying_in_bad_weather),
-    Planted(silent_sources_are_awaited, ("R7",), 100, copying_in_bad_weather),
+    Planted(silent_sources_are_awaited, ("R7",), 250, copying_in_bad_weather),
 )

@@ -69,6 +69,7 @@ LEAVING_PROMPT = 64
 LOST_ANSWER = 30
 LEFT_ANSWER = 120
 COPIED_ANSWER = 48
+FEW_BYTES = JournalLimits(bytes_per_s=100.0, batch_tokens=16, max_under_way=1, retry_s=0.05, max_retry_s=0.5)
 _listeners: list[Callable[[Any], None]] = []
 
 
@@ -233,9 +234,8 @@ def copying(setting: Setting) -> Setting:
         replace(order, sampling=replace(order.sampling, max_tokens=COPIED_ANSWER), num_choices=1)
         for order in setting.orders[:2]
     )
-    journal = JournalLimits(bytes_per_s=100.0, batch_tokens=16, max_under_way=1, retry_s=0.05, max_retry_s=0.5)
     weather = Weather(delay_s=0.02)
-    return replace(setting, orders=orders, journal=journal, nonsense=0.1, weather=weather, mishaps=())
+    return replace(setting, orders=orders, journal=FEW_BYTES, nonsense=0.1, weather=weather, mishaps=())
 
 
 def copying_in_bad_weather(setting: Setting) -> Setting:
@@ -253,7 +253,7 @@ def copying_in_bad_weather(setting: Setting) -> Setting:
     )
     who = setting.workers[-1].worker_id if setting.is_noisy else setting.workers[0].worker_id
     mishap = Mishap(0.8, "freeze" if setting.is_one_host else "crash", who, who, 1.5)
-    journal = replace(setting.journal or JournalLimits(0.0), bytes_per_s=1e9)
+    journal = replace(FEW_BYTES, bytes_per_s=1e9)
     return replace(setting, orders=orders, journal=journal, weather=weather, mishaps=(mishap,), is_bearable=False)
 
 
