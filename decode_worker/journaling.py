@@ -152,7 +152,7 @@ def _kept_of(offer: Offer, reply: bytes | None) -> int:
     try:
         told = handover_pb2.KeepReply.FromString(reply)
     except DecodeError as error:
-        log.debug("%s: its buddy does not answer: %s", offer.key, error)
+        log.debug("%s: its buddy answers nonsense: %s", offer.key, error)
         return 0
     if told.reason:
         log.debug("%s: its buddy kept %d of %d tokens: %s", offer.key, told.kept_tokens, offer.num_tokens, told.reason)

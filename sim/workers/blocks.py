@@ -37,7 +37,6 @@ class Blocks:
 
     def __init__(self, node: WorkerNode, pull: KvPullTools) -> None:
         self._node = node
-        self._pull = pull
         self.departure = Departure()
         self.copies = Copies(node.facts, pull, self._connect, lambda: node.service.is_draining)
         self.journaling: Journaling | None = None
