@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 LIBRARIES = ("grpc.aio", "httpx", "hypothesis.stateful", "jinja2", "numpy", "prometheus_client", "pydantic", "pytest")
+LIBRARIES += ("anthropic", "ollama", "openai", "redis.asyncio", "tritonclient.grpc.aio")  # take seconds on a busy core
 LIBRARIES += ("pytest_asyncio", "starlette.applications", "tokenizers", "torch", "triton", "typer.testing", "uvicorn")
 
 
