@@ -233,8 +233,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/router/test_stored_responses.py",
     ),
     "router/api/dialects/": (
+        "tests/router/api/dialects/test_translations.py",
         "tests/router/api/dialects/test_dialects.py",
-        "tests/router/api/dialects/test_responses.py",
     ),
     "router/api/grpc/call_wire": ("tests/router/api/test_grpc_priority.py",),
     "router/api/kserve/": ("tests/router/api/dialects/test_kserve.py",),

@@ -61,6 +61,5 @@ MUTANTS = [
         "return call",
     ),
     Mutant(f"{_DIALECTS}/door.py", "[their_names.get(name, name) for name in names]", "names"),
-    Mutant(f"{_DIALECTS}/door.py", "            await started.rest.aclose()  # of", "            pass  # of"),
     Mutant("router/api/grpc/call_wire.py", 'message.priority if message.HasField("priority") else None', "None"),
 ]
