@@ -143,7 +143,7 @@ def silent_sources_are_awaited() -> AbstractContextManager[None]:
 
 BUGS: tuple[Planted, ...] = (
     Planted(ended_runs_free_the_journal, ("Q1",), 100, copying_in_bad_weather),
-    Planted(offers_cost_nothing, ("Q1",), 100, copying),
+    Planted(offers_cost_nothing, ("Q1",), 300, copying),
     Planted(unanswered_offers_stay, ("K1",), 100, copying),
     Planted(ended_runs_stay_in_the_journal, ("K1", "K7"), 100, copying),
     Planted(offers_wait_for_ever, ("K1",), 450, copying_in_bad_weather),
@@ -153,5 +153,5 @@ BUGS: tuple[Planted, ...] = (
     Planted(callers_that_leave_are_served, ("R7",), 100, copying_in_bad_weather),
     Planted(failed_copies_count, ("K1",), 100, copying_in_bad_weather),
     Planted(copies_wait_for_room, ("K1",), 100, copying_in_bad_weather),
-    Planted(silent_sources_are_awaited, ("R7",), 250, copying_in_bad_weather),
+    Planted(silent_sources_are_awaited, ("R7",), 100, copying_in_bad_weather),
 )
