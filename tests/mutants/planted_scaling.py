@@ -29,6 +29,9 @@ MUTANTS = [
         "            pass\n        if name in self._rep",
     ),
     Mutant("cluster/members.py", "        if frees_place:\n", "        if True:\n"),
+    Mutant("cluster/members.py", "        self.room.restore(now.free_places, now.next_numbers)\n", ""),
+    Mutant("cluster/members.py", "            self._devices.take(member.gpu)\n", "            pass\n"),
+    Mutant("cluster/members.py", "            told.pop(name, None)\n", "            pass\n"),
     Mutant(
         "cluster/supervisor.py",
         "        await self._end_of(name)\n        self._members.book.want",
