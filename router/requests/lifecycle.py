@@ -351,8 +351,8 @@ class Lifecycle:
         """True if the request's decode worker drains, so that it gives its work back on purpose."""
         if run.living is None:
             return False
-        worker = self._fleet.get(run.living.decode.worker_id)
-        return worker is not None and worker.facts.key == run.living.decode and worker.draining
+        worker = self._fleet.get(run.living.decode.worker_id)  # that life of it: the next one has no run of it
+        return worker is not None and worker.draining
 
     def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:
         """Take a request back from its worker, which gets a cancel and is not chosen for it soon.

@@ -290,6 +290,11 @@ _LIVES = [
     ),
     Mutant("router/requests/lifecycle.py", "if run.dispatches or self._chooser.has_room(run):", "if True:"),
     Mutant(
+        "router/requests/lifecycle.py",
+        "            self.workers_changed()  # another suspect",
+        "            pass  # another suspect",
+    ),
+    Mutant(
         "router/requests/choosing.py",
         "if run.has_output or fleet.may_be_lost(model, run.request.adapter):",
         "if run.has_output:",

@@ -3,9 +3,11 @@
 from support.fakes.list_router import Router
 
 from twostroke.core import errors
+from twostroke.core.request import SequenceKey
 from twostroke.protos import worker_pb2
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.routing.facts import WorkerKey
+from twostroke.router.routing.known_worker import Dispatched
 
 KEY = WorkerKey("a", 1)
 IDLE = worker_pb2.Beat(phase="idle")
@@ -98,4 +100,25 @@ def test_a_suspect_that_beats_again_gets_what_waits_at_once() -> None:
     assert not is_placed(run)
     router.roster.beat(KEY, IDLE, router.now_s)
     router.pass_s(0.01)
+    assert is_placed(run)
+
+
+def test_a_request_that_began_without_a_worker_waits_in_the_queue_for_one_that_comes_and_is_full() -> None:
+    router = Router("a", return_s=30.0)
+    router.roster.session_down(KEY, "broke", router.now_s)
+    router.roster.announce_ended(KEY, router.now_s)
+    run = router.ask(timeout_s=60.0)
+    router.join("b")
+    others = [SequenceKey(f"other{number}", 0) for number in range(30)]
+    for other in others:
+        router.roster.fleet.dispatched("b", other, Dispatched(router.now_s, 0, 10))
+    for _ in range(200):
+        router.pass_s(0.25)
+        router.roster.beat(WorkerKey("b", 1), IDLE, router.now_s)
+        router.roster.tick(router.now_s, 100)
+    assert run.stage is Stage.ROUTING, "for longer than it would wait for a worker"
+    for other in others:
+        router.roster.fleet.ended(other)
+    router.life.tick(router.now_s)
+    router.pass_s(0.0)
     assert is_placed(run)

@@ -283,11 +283,13 @@ def test_a_suspect_that_gets_on_is_innocent_and_lets_the_next_one_in() -> None:
 
 
 def test_the_end_of_a_suspect_lets_the_next_one_in() -> None:
-    for leave in ("end", "abort", "refused"):
+    for leave in ("end", "abort", "refused", "refused in the middle"):
         router = Router("a", "b")
         runs = [router.ask(f"r{i}", sampling=LONG) for i in range(4)]
         victim = placed(runs[0])
         first, second = [run for run in runs if placed(run) == victim]
+        for run in runs if leave == "refused in the middle" else ():
+            router.tokens(run)  # it waits for the next worker then, and does not fail
         kill(router, victim)
         assert second.stage is Stage.ROUTING
         if leave == "end":
