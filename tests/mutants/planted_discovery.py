@@ -30,6 +30,12 @@ MUTANTS = [
     ),
     Mutant(WATCHING, "2 ** min(failures - 1, 20)) * (0.5 + draw)", "2 ** min(failures - 1, 20))"),
     Mutant(WATCHING, "self._failures += 1", "self._failures = 1"),
+    Mutant(WATCHING, "        self._rest()\n        self._has_news = False\n", "        self._has_news = False\n"),
+    Mutant(
+        WATCHING,
+        "        self._version = version\n        self._has_news = False\n",
+        "        self._version = version\n",
+    ),
     Mutant("cluster/discovery/outage.py", "if not at_once and now_s", "if now_s"),
     Mutant("cluster/discovery/outage.py", "        self._said_at_s = now_s\n", ""),
     Mutant(LEASE, "now_s - self._renewed_at_s < self.timing.renew_by_s", "True"),
@@ -37,13 +43,23 @@ MUTANTS = [
         LEASE, "        if record.version != self._seen[0]:\n            self._seen = (record.version, now_s)\n", ""
     ),
     Mutant(LEASE, "        self._renewed_at_s = None\n        if not record.holder", "        if not record.holder"),
+    Mutant(
+        LEASE, "            self._renewed_at_s = None\n            return Create()\n", "            return Create()\n"
+    ),
     Mutant(LEASE, "not record.holder or now_s", "now_s"),
     Mutant(LEASE, "self._seen[1] > record.duration_s", "self._seen[1] > self.timing.renew_by_s"),
     Mutant(OWED, "            del self._debts[role]\n            return debt.count", "            return debt.count"),
     Mutant(OWED, "if now_s >= debt.due_s", "if debt.count"),
     Mutant(OWED, "max(found, key=lambda role: len(names[role]), default=None)", "found[0] if found else None"),
     Mutant("cluster/kubernetes/objects.py", "if error.status != CONFLICT or not left:", "if True:"),
+    Mutant("cluster/kubernetes/objects.py", "max(0, int((scale", "max(1, int((scale"),
     Mutant("cluster/kubernetes/arm.py", "            self._ended.add(action.worker)\n", ""),
     Mutant("cluster/kubernetes/arm.py", "        if self._problems.get(what) != problem:", "        if True:"),
+    Mutant("cluster/kubernetes/arm.py", "            if not self._holds():\n                return\n", ""),
+    Mutant("cluster/kubernetes/arm.py", "            if not isinstance(step, Renew):\n", "            if False:\n"),
+    Mutant("cluster/kubernetes/arm.py", "self._tenure.written(began_s)", "self._tenure.written(self._clock.now_s())"),
+    Mutant("cluster/kubernetes/arm.py", "        if not is_ours or release:\n", "        if not is_ours:\n"),
+    Mutant("cluster/discovery/names.py", "                    self.addresses = found\n", ""),
+    Mutant("cluster/discovery/names.py", "                if found != self.addresses:\n", "                if True:\n"),
     Mutant("worker/announcer.py", "silent_s > WORKER_LEASE.silence_s and not", "not"),
 ]

@@ -75,6 +75,11 @@ def test_watches_that_end_at_once_are_spaced_out():
     assert machine.ended(0.01, MIDDLE) == Watch("8")
     assert machine.ended(20.0, MIDDLE) == Watch("8")
     assert machine.ended(0.01, MIDDLE) == Watch("8", 1.0)
+    assert machine.ended(20.0, MIDDLE) == Watch("8")
+    assert machine.failed(MIDDLE) == List(1.0)  # one that was quiet and long had worked
+    machine.changed(routers("a", "10.0.0.1"), "9")
+    machine.listed([], "10")
+    assert machine.ended(0.01, MIDDLE) == Watch("10", 1.0)  # events before the list are no news of its watch
 
 
 def test_an_outage_is_one_line_when_it_has_lasted_and_one_when_it_is_over():

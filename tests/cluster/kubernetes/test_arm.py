@@ -319,6 +319,52 @@ async def test_who_loses_the_lease_stops_and_who_takes_it_goes_on_with_what_drai
     assert api.store.all("leases")[0]["spec"]["leaseTransitions"] == 1
 
 
+async def test_whose_lease_ran_out_while_it_decided_changes_nothing(api: ApiServer):
+    room = Room(api)
+    await room.turn()
+    decide = room.plan.decide
+
+    def late(*given: Any) -> Decision:
+        room.clock.now += 21.0
+        return decide(*given)
+
+    room.plan.decide = late  # type: ignore[method-assign]
+    await room.turn(Start((Role.DECODE,)))
+    assert api.calls[SCALE] == 0
+    room.plan.decide = decide  # type: ignore[method-assign]
+    await room.turn()  # nobody else took it
+    assert room.replicas()["ts-decode"] == 3
+
+
+async def test_who_finds_its_lease_deleted_begins_anew(api: ApiServer):
+    room = Room(api)
+    await room.turn()
+    api.store.remove("leases", "default", "ts-planner")
+    room.clock.now += 3.0
+    await room.turn()
+    assert room.plan.made == 2, "another one may have acted meanwhile"
+
+
+async def test_a_tenure_counts_from_before_the_lease_was_read(api: ApiServer):
+    room = Room(api)
+    write = room.scaler._leases.write
+
+    def slow(*given: Any) -> bool:
+        is_ours = write(*given)
+        room.clock.now += 15.0
+        return is_ours
+
+    room.scaler._leases.write = slow  # type: ignore[method-assign]
+    await room.turn()
+    assert [room.tenure.holds(100.0 + after_s) for after_s in (19.0, 21.0)] == [True, False]
+
+
+async def test_the_last_pod_of_a_deployment_goes(api: ApiServer):
+    room = Room(api)
+    await room.turn(Stop("ts-prefill-1-a"))
+    assert room.replicas() == {"ts-prefill": 0, "ts-decode": 2}
+
+
 async def test_who_ends_lets_go_of_the_lease_so_that_a_successor_begins_at_once(api: ApiServer):
     clock = Clock()
     first, second = Room(api, "a", clock), Room(api, "b", clock)
@@ -326,6 +372,7 @@ async def test_who_ends_lets_go_of_the_lease_so_that_a_successor_begins_at_once(
     await second.turn()
     assert second.plan.made == 0
     await first.scaler.close()
+    assert not first.tenure.holds(clock.now)
     clock.now += 2.0
     await second.turn(Start((Role.DECODE,)))
     assert second.replicas()["ts-decode"] == 3

@@ -16,6 +16,8 @@ def test_who_finds_no_lease_makes_it_and_acts_from_then_on():
     assert not tenure.holds(0.0)
     tenure.written(0.0)
     assert tenure.holds(19.9)
+    assert tenure.look(None, 5.0) == Create()  # somebody deleted it: another one may make it before us
+    assert not tenure.holds(5.0)
 
 
 def test_who_does_not_renew_in_time_stops_before_another_may_begin():
