@@ -13,7 +13,7 @@ from torch import Tensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
-_LEAST_EXPONENT, _MOST_EXPONENT = -126, 127  # of a float32 that is not subnormal; E8M0 has one more below
+_LEAST_EXPONENT = -126  # of a float32 that is not subnormal; E8M0 has one more below
 EXPONENT_BIAS = 127  # of E8M0
 
 
@@ -43,7 +43,7 @@ def float4_scales(groups: Tensor, most: Tensor, is_nvfp4: bool) -> tuple[Tensor,
     whole = E4M3_MAX * E2M1_MAX / most if float(most) > 0 else torch.tensor(1.0)
     whole = whole.float().clamp(max=torch.finfo(torch.float32).max)
     least = torch.finfo(torch.float8_e4m3fn).tiny / 8  # the smallest subnormal number: no scale is 0
-    local = (tops / E2M1_MAX * whole).clamp(least, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    local = (tops / E2M1_MAX * whole).clamp(min=least).to(torch.float8_e4m3fn).float()
     return local / whole, whole
 
 
@@ -55,7 +55,7 @@ def _power_of_two(groups: Tensor, tops: Tensor) -> Tensor:
     exponent = torch.frexp(tops).exponent - 1  # floor of the logarithm
     least_error, best = torch.full_like(tops, float("inf")), torch.ones_like(tops)
     for more in (0, 1):
-        power = (exponent - 2 + more).clamp(_LEAST_EXPONENT, _MOST_EXPONENT)
+        power = (exponent - 2 + more).clamp(min=_LEAST_EXPONENT)
         scale = torch.ldexp(torch.ones_like(tops), power)
         error = (to_e2m1(groups / scale.unsqueeze(-1)) * scale.unsqueeze(-1) - groups).square().sum(-1)
         best, least_error = torch.where(error < least_error, scale, best), torch.minimum(error, least_error)

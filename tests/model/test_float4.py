@@ -49,15 +49,40 @@ def test_scales_of_nvfp4_are_of_e4m3_under_one_of_the_tensor() -> None:
     assert bool(((again - weight).abs() <= grid.scale.repeat_interleave(16, 1) * 1.0001).all())
 
 
+def test_each_scale_of_e4m3_is_used_and_the_least_one_also_for_less() -> None:
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # [126]: 2**-9 to 448
+    groups = torch.zeros(1, 128, 16)
+    groups[0, :126, 3] = -6 * scales
+    groups[0, 126, 0] = scales[0]
+    found, whole = float4_scales(groups, groups.abs().max(), is_nvfp4=True)
+    assert whole == 1.0
+    assert found[0].tolist() == [*scales.tolist(), scales[0], scales[0]]
+
+
+def test_scales_of_numbers_at_the_ends_of_float32_are_numbers() -> None:
+    for size in (1e-38, 3e38):
+        groups = torch.full((1, 2, 16), size)
+        scale, whole = float4_scales(groups, groups.max(), is_nvfp4=True)
+        assert whole is not None
+        assert 0 < float(whole) < float("inf")
+        torch.testing.assert_close(6 * scale, groups.amax(-1), rtol=2**-4, atol=0.0)
+    tiny, _ = float4_scales(torch.full((1, 1, 32), 1e-40), torch.tensor(1e-40), is_nvfp4=False)
+    assert float(tiny) == 2.0**-126
+
+
 def test_scales_of_mxfp4_are_the_better_of_two_powers() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     grid = grid_of(weight, MXFP4, torch.bfloat16)
     assert torch.equal(torch.exp2(torch.log2(grid.scale).round()), grid.scale)
-    error = (rounded(weight, grid, MXFP4).values(MXFP4) - weight).square().sum()
+    error = (rounded(weight, grid, MXFP4).values(MXFP4) - weight).reshape(16, 2, 32).square().sum(-1)
     tops = weight.reshape(16, 2, 32).abs().amax(-1)
     for more in (0, 1):
         scale = torch.exp2(torch.floor(torch.log2(tops)) - 2 + more).repeat_interleave(32, 1)
-        assert error <= (to_e2m1(weight / scale) * scale - weight).square().sum()
+        other = (to_e2m1(weight / scale) * scale - weight).reshape(16, 2, 32).square().sum(-1)
+        assert bool((error <= other).all()), "of each group"
+        assert bool((error < other).any())
+    both_exact, _ = float4_scales(torch.full((1, 1, 32), 4.0), torch.tensor(4.0), is_nvfp4=False)
+    assert float(both_exact) == 1.0, "the standard's"
     zeros, _ = float4_scales(torch.zeros(1, 1, 32), torch.tensor(0.0), is_nvfp4=False)
     assert float(zeros) > 0
 

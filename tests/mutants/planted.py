@@ -103,6 +103,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "model/ops/low_rank": ("tests/model/test_adapters.py",),
     "model/ops/torch_attention": ("tests/model/test_native_ops.py",),
     "model/ops/": ("tests/model/test_quantised_checkpoints.py",),
+    "model/quantise/float4": ("tests/model/test_float4.py",),
     "model/weights/": ("tests/model/test_quantised_checkpoints.py",),
     "model/decoder/": ("tests/model/test_quantised_checkpoints.py",),
     "model/adapters/": ("tests/model/test_adapters.py",),
@@ -261,6 +262,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),
     "cluster/deployment/": ("tests/cluster/deployment/test_adoption.py",),
+    "cluster/discovery/names": ("tests/cluster/discovery/test_names.py",),
     "cluster/discovery/": ("tests/cluster/discovery/test_slices.py", "tests/cluster/discovery/test_watching.py"),
     "cluster/kubernetes/": (
         "tests/cluster/kubernetes/test_lease.py",

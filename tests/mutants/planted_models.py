@@ -1,8 +1,17 @@
-"""Mutants of how checkpoints of gpt-oss become the model's tensors, and of what its layers compute."""
+"""Mutants of how checkpoints of gpt-oss become the model's tensors, of its layers, and of four-bit floats."""
 
 from mutant import Mutant
 
+_FLOAT4 = "model/quantise/float4.py"
+
 MUTANTS = [
+    Mutant(_FLOAT4, "torch.where(low % 2 == 0, low, high)", "low"),
+    Mutant(_FLOAT4, "for more in (0, 1):", "for more in (0,):"),
+    Mutant(_FLOAT4, "for more in (0, 1):", "for more in (1,):"),
+    Mutant(_FLOAT4, "torch.where(error < least_error,", "torch.where(error <= least_error,"),
+    Mutant(_FLOAT4, ".tiny / 8", ".tiny"),
+    Mutant(_FLOAT4, "    whole = whole.float().clamp(max=torch.finfo(torch.float32).max)\n", ""),
+    Mutant(_FLOAT4, ".clamp(min=_LEAST_EXPONENT)", ""),
     Mutant("checkpoint/stacked.py", '("up_proj", 1, 2)', '("up_proj", 0, 2)'),
     Mutant("checkpoint/stacked.py", "match[1] + _GATE_BIAS in shapes", "True"),
     Mutant("checkpoint/stacked.py", " or shape[-1] % len(rows)", ""),
