@@ -56,8 +56,7 @@ class StateHoldings:
 
     def want(self, sequence: Sequence, num_tokens: int) -> None:
         """Keep a snapshot after this many of a running sequence's tokens: another prompt leaves it there."""
-        if sequence.num_computed < num_tokens:
-            sequence.wanted_states.add(num_tokens)
+        sequence.wanted_states.add(num_tokens)
 
     def move(self, sequence: Sequence, end: int) -> StateMove:
         """Take the states that a step up to `end` writes. It ends by `moved`, `stay`, or `release`."""
@@ -110,7 +109,6 @@ class StateHoldings:
             return
         identity = sequence.identities[end // HASH_BLOCK_TOKENS - 1]
         is_wanted = end in sequence.wanted_states
-        sequence.wanted_states.discard(end)
         self.pool.publish(place, identity, is_passing=not is_wanted)
         if is_wanted:
             return

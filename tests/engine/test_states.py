@@ -11,7 +11,7 @@ from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.core import CoreLimits
 from twostroke.engine.link.messages import CancelSequence, Source
 from twostroke.engine.plan import StateMove, StepResult
-from twostroke.engine.sequence import new_sequence
+from twostroke.engine.sequence import Sequence, new_sequence
 from twostroke.engine.states import STATES_PER_SEAT, StateHoldings
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.cache.pool import OutOfBlocks
@@ -164,6 +164,42 @@ def test_a_snapshot_never_takes_the_state_that_another_sequence_of_the_step_need
         work.state_place, work.num_computed, work.wanted_states = pool.take(), 96, {112}
     assert [states.move(work, 120).marks for work in works] == [(), ()]
     states.check_integrity(works)
+
+
+def step(states: StateHoldings, work: Sequence, end: int) -> None:
+    """The next step of a sequence computes up to `end`, and publishes its whole blocks."""
+    start = work.num_computed
+    states.move(work, end)
+    work.num_computed, work.num_published = end, end // 16
+    states.moved(work, start)
+
+
+def test_a_step_writes_its_snapshots_in_the_order_of_its_tokens():
+    states = StateHoldings(StatePool(8, 16), 16, num_seats=1)
+    work = new_sequence(submit("a", ids_of(120), SHORT), 0)
+    for wanted in (48, 16, 80, 32):
+        states.want(work, wanted)
+    assert [rows for rows, _ in states.move(work, 64).marks] == [16, 32, 48]
+
+
+def test_a_sequence_that_gave_all_back_wants_and_gives_up_nothing_of_its_earlier_run():
+    pool = StatePool(16, 16)
+    states = StateHoldings(pool, 16, num_seats=1)
+    work = new_sequence(submit("a", ids_of(120), SHORT), 0)
+    states.attach(work, 0)
+    states.want(work, 48)
+    step(states, work, 16)
+    states.release(work)
+    work.num_computed = work.num_published = 0
+    passed = pool.furthest(work.identities, 1)
+    assert passed[0] == 1
+    states.attach(work, 0)
+    assert [rows for rows, _ in states.move(work, 120).marks] == [112]
+    states.stay(work)
+    step(states, work, 32)
+    assert pool.furthest(work.identities, 1) == passed, "snapshots stay findable"
+    assert pool.furthest(work.identities, 2)[0] == 2
+    states.check_integrity([work])
 
 
 def test_a_step_whose_mask_is_late_is_computed_again_from_the_state_that_it_read():
