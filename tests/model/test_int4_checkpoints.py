@@ -16,7 +16,9 @@ from support.checkpoints.tiny_families import TinyFamily, write_family
 
 from twostroke.checkpoint.config import ModelConfig
 from twostroke.checkpoint.config_json import load_spec
-from twostroke.checkpoint.int4 import int4_bytes, int4_matrices
+from twostroke.checkpoint.gguf.file import StoredTensor
+from twostroke.checkpoint.gguf.names import Piece
+from twostroke.checkpoint.int4 import GGUF_Q4_0, int4_bytes, int4_matrices, is_gguf_int4
 from twostroke.checkpoint.layout import HEAD, layer_layout, weight_bytes
 from twostroke.checkpoint.quantised.matrices import AwqMatrix, GptqMatrix, PackedMatrix, ScaledMatrix, StoredMatrix
 from twostroke.checkpoint.sizes import held_bytes
@@ -24,6 +26,7 @@ from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.kernels.cpu.library import INT4 as INT4_KIND
 from twostroke.model.ops.int4 import decoded
 from twostroke.model.ops.native_ops import NativeOps
+from twostroke.model.weights.quantised import int4
 from twostroke.model.weights.quantised.decode import Decoder
 from twostroke.model.weights.quantised.int4 import read_int4
 from twostroke.model.weights.tensors import Int4Source, open_source
@@ -213,6 +216,27 @@ def test_act_order_brings_the_columns_of_a_group_together() -> None:
         assert (found.order is not None) == wanted_order
         whole = Decoder(tensors.__getitem__).decode(matrix, range(24), range(96))
         assert torch.equal(decoded(found), whole)
+
+
+def test_matrices_are_read_in_pieces_of_any_height(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = (torch.arange(96) // 32)[torch.randperm(96, generator=torch.Generator().manual_seed(1))]
+    of_gptq = gptq(index, 32)
+    tensors = of_gptq[1]
+    awq = {"w": tensors["w"].reshape(96, 3), "z": tensors["z"], "s": tensors["s"]}
+    for matrix, stored in (of_gptq, (AwqMatrix(24, 96, "w", "s", "z", 32, 2), awq)):
+        whole = Decoder(stored.__getitem__).decode(matrix, range(24), range(96))
+        for height in (1, 5, 8, 20, 24):
+            monkeypatch.setattr(int4, "PIECE_NUMBERS", 96 * height)
+            found = read_int4(stored.__getitem__, matrix)
+            assert found is not None
+            assert torch.equal(decoded(found), whole), height
+
+
+def test_what_a_gguf_file_stores_in_two_parts_is_decoded() -> None:
+    stored = StoredTensor((4, 64, 64), GGUF_Q4_0, 0)
+    whole = Piece("blk.0.attn_k_b.weight", (512, 64))
+    parts = replace(whole, value_part="blk.0.attn_v_b.weight")
+    assert [is_gguf_int4(piece, stored) for piece in (whole, parts)] == [True, False]
 
 
 def test_groups_of_unlike_sizes_are_decoded() -> None:

@@ -7,7 +7,7 @@ from support.session.older_machines import PLAYED, library_for
 from twostroke.kernels.cpu import library as native
 from twostroke.kernels.cpu.build import NativeUnavailable
 from twostroke.model.ops.extremes import extremes
-from twostroke.model.ops.int4 import Int4Matrix, decoded, joined, pairs
+from twostroke.model.ops.int4 import Int4Matrix, decoded, joined, pairs, with_rows
 from twostroke.model.ops.native_ops import NativeOps
 from twostroke.model.ops.seam import Norm
 from twostroke.model.ops.torch_ops import TorchOps
@@ -210,6 +210,12 @@ def test_parts_are_joined_by_rows() -> None:
     second = Int4Matrix(second.numbers, second.scales, None, torch.arange(64).flip(0).int())
     assert joined([first, second]) is None
     assert joined([first, plain]) is None
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_rows_in_another_order_keep_their_numbers(zeros: bool) -> None:
+    matrix = random_matrix(16, 64, 32, zeros=zeros, order=True)
+    assert torch.equal(decoded(with_rows(matrix, lambda rows: rows.flip(0))), decoded(matrix).flip(0))
 
 
 def test_the_definition_number_by_number() -> None:

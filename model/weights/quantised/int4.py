@@ -40,7 +40,7 @@ def _ordered(
     take: _Take, matrix: PackedMatrix | GptqMatrix, words: Tensor, scales: Tensor, zeros: Tensor | None
 ) -> Int4Matrix | None:
     """The matrix of int32 words [rows, columns / 8], with columns of a group brought together."""
-    numbers = words.contiguous().view(torch.uint8)[:, : matrix.columns // 2]
+    numbers = words.contiguous().view(torch.uint8)
     index = None if matrix.group_index is None else take(matrix.group_index).long()
     order = None
     if index is not None and not bool((index < 0).any()):  # -1 stands for columns in order
@@ -64,7 +64,7 @@ def _awq(take: _Take, matrix: AwqMatrix) -> Int4Matrix:
 def _pieces(matrix: StoredMatrix, numbers_of: Callable[[range], Tensor]) -> Tensor:
     """All numbers, packed in pairs, of a function that unpacks some rows."""
     out = torch.empty(matrix.rows, matrix.columns // 2, dtype=torch.uint8)
-    height = max(8, PIECE_NUMBERS // matrix.columns // 8 * 8)  # AWQ's words hold eight rows
+    height = max(1, PIECE_NUMBERS // matrix.columns)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(first + height, matrix.rows))
         out[rows.start : rows.stop] = pairs(numbers_of(rows))
