@@ -38,7 +38,7 @@ def test_it_is_complete_when_all_is_stored(fetch):
 
 
 def test_a_source_may_hold_less(fetch):
-    fetch.on_frame(frame(1, 32, 2, is_last=True), 1.5)
+    assert fetch.on_frame(frame(1, 32, 2, is_last=True), 1.5) == [Write(1, 32, 32), Close(now=False)]
     assert fetch.end is FetchEnd.SHORT
     assert fetch.written(32, 32) == [Fetched("short", 64)]
 
@@ -71,6 +71,7 @@ def test_a_damaged_frame_ends_it_and_is_not_stored(fetch):
         frame(2, 64, 1),
         frame(2, 48, 1, token_count=8),
         frame(2, 48, 1, token_count=0),
+        frame(2, 48, 1, token_count=24),
         frame(2, 48, 3, token_count=64, identities=(*NAMES[3:], NAMES[0])),
         frame(2, 48, 1, identities=NAMES[:1]),
         frame(2, 48, 1, numerics_class=b"other"),

@@ -166,7 +166,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/buddy_calls": ("tests/decode_worker/test_journaling.py",),
     "decode_worker/journal": ("tests/decode_worker/test_journal.py",),
     "decode_worker/sources": ("tests/decode_worker/test_sources.py",),
-    "decode_worker/fetch": ("tests/worker/test_fetching.py",),
+    "decode_worker/fetch": ("tests/decode_worker/test_fetch.py", "tests/worker/test_fetching.py"),
     "decode_worker/": (*_SESSION, "tests/worker/test_worker_handover.py", "tests/worker/test_worker_faults.py"),
     "prefill_worker/": (
         "tests/prefill_worker/test_prefill_task.py",
@@ -283,6 +283,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "worker/blocks/copies": ("tests/worker/test_copies.py", "tests/worker/test_keeping.py"),
     "worker/blocks/departure": ("tests/worker/test_departure.py",),
+    "worker/blocks/departing": ("tests/worker/test_fetch_answers.py",),
+    "worker/blocks/fetch": ("tests/worker/test_fetch_answers.py",),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (
         "tests/worker/test_announcer.py",

@@ -3,6 +3,7 @@
 from mutant import Mutant
 
 FETCHING = "kv/handover/fetching.py"
+FETCH, DEPARTING = "decode_worker/fetch.py", "worker/blocks/departing.py"
 POLICY = "router/routing/policy.py"
 COSTS = "router/routing/costs.py"
 
@@ -25,6 +26,17 @@ MUTANTS = [
         "        fault = ",
     ),
     Mutant(FETCHING, "        elif frame.is_last:\n", "        elif False:\n"),
+    Mutant(FETCHING, "frame.token_count % HASH_BLOCK_TOKENS or ", ""),
+    Mutant(FETCHING, "not in (FetchEnd.COMPLETE, FetchEnd.SHORT)", "is not FetchEnd.COMPLETE"),
+    Mutant(FETCH, "num_writing >= MAX_WRITING and self.fetch.end is None", "num_writing >= MAX_WRITING"),
+    Mutant(FETCH, "(stored_upto - self.fetch.wanted.first_token) // HASH", "stored_upto // HASH"),
+    Mutant(FETCH, "            self._carrier.do(self.fetch.closed())\n", ""),
+    Mutant(FETCH, "self._host.close(now=now)", "self._host.close(now=True)"),
+    Mutant(DEPARTING, "            self._changed.clear()\n", ""),
+    Mutant(DEPARTING, "min(until_s, end_s) - now_s", "until_s - now_s"),
+    Mutant(DEPARTING, "is_whole=is_whole)\n        self._changed.set()\n", "is_whole=is_whole)\n"),
+    Mutant("worker/blocks/fetch.py", "fetch_ended(key, is_whole=is_whole)", "fetch_ended(key, is_whole=True)"),
+    Mutant("worker/blocks/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
     Mutant("decode_worker/sources.py", "identities[: (num_tokens - 1) // HASH_BLOCK_TOKENS]", "identities[:]"),
     Mutant("decode_worker/sources.py", "            self._has_asked_again = True\n", ""),
     Mutant("decode_worker/task.py", "            self._sources.ended(fetched.end)\n", ""),
