@@ -262,6 +262,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "text/": ("tests/text/test_incremental.py", "tests/text/test_behind_prompt.py"),
     "cluster/deployment/processes": ("tests/cluster/deployment/test_processes.py",),
     "cluster/deployment/": ("tests/cluster/deployment/test_adoption.py",),
+    "cluster/discovery/endpoint_slices": ("tests/cluster/discovery/test_endpoint_slices.py",),
     "cluster/discovery/names": ("tests/cluster/discovery/test_names.py",),
     "cluster/discovery/": ("tests/cluster/discovery/test_slices.py", "tests/cluster/discovery/test_watching.py"),
     "cluster/kubernetes/": (

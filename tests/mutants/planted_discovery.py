@@ -59,6 +59,7 @@ MUTANTS = [
     Mutant("cluster/kubernetes/arm.py", "            if not isinstance(step, Renew):\n", "            if False:\n"),
     Mutant("cluster/kubernetes/arm.py", "self._tenure.written(began_s)", "self._tenure.written(self._clock.now_s())"),
     Mutant("cluster/kubernetes/arm.py", "        if not is_ours or release:\n", "        if not is_ours:\n"),
+    Mutant("cluster/discovery/endpoint_slices.py", "self._ending.wait(step.after_s)", "self._ending.wait(0.0)"),
     Mutant("cluster/discovery/names.py", "                    self.addresses = found\n", ""),
     Mutant("cluster/discovery/names.py", "                if found != self.addresses:\n", "                if True:\n"),
     Mutant("worker/announcer.py", "silent_s > WORKER_LEASE.silence_s and not", "not"),

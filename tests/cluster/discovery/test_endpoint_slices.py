@@ -153,6 +153,14 @@ async def test_a_process_that_starts_while_the_api_server_is_away_finds_it_later
         await until(lambda: told == [{"10.0.0.1:8002"}])
 
 
+async def test_a_server_that_refuses_is_not_asked_again_before_the_wait_is_over(api: ApiServer):
+    api.refusals.append(("list", 503))
+    async with following(Timing(waits=Waits(first_s=600.0, longest_s=600.0))) as (source, _):
+        await until(lambda: "refuses" in source.problem)
+        await asyncio.sleep(0.2)
+        assert api.calls["list", "endpointslices"] == 1
+
+
 async def test_a_missing_right_is_named_once_and_healed_by_a_role(api: ApiServer, caplog: pytest.LogCaptureFixture):
     tell(api, "a", "10.0.0.1")
     api.be("worker")
