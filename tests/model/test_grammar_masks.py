@@ -451,6 +451,77 @@ def test_kept_matchers_are_bounded(monkeypatch: pytest.MonkeyPatch):
     assert batch.masks.num_matchers == 4
 
 
+class Kept:
+    """Masks over matchers that only count; every start of one is noted."""
+
+    def __init__(self) -> None:
+        self.starts: list[str] = []
+        self.faults: list[Exception] = []  # of the next starts
+        self.masks = GrammarMasks(self._start)
+
+    def _start(self, grammar: Grammar) -> Any:
+        self.starts.append(grammar.source)
+        if self.faults:
+            raise self.faults.pop()
+        return Ids()
+
+    def take(self, name: str, source: str, *ids: int) -> Masks:
+        """Masks of a plan with one sequence."""
+        key, params = SequenceKey(name, 0), params_of({"regex": source})
+        step = SequenceStep(key, len(ids), (0,), (), (), True, params, len(ids), history=History((), ids))
+        plan = StepPlan(len(ids), (step,))
+        self.masks.begin(plan)
+        return self.masks.take(plan, [0])
+
+
+class Ids:
+    """A matcher whose mask is the ids that it has taken."""
+
+    def __init__(self) -> None:
+        self._ids: tuple[int, ...] = ()
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        self._ids += tuple(token_ids)
+
+    def mask(self) -> bytes:
+        return bytes(self._ids)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
+    monkeypatch.setattr(masks_file, "WAIT_S", 60.0)
+    monkeypatch.setattr(masks_file, "MAX_MATCHERS", 2)
+    return Kept()
+
+
+def test_the_matcher_that_was_used_longest_ago_goes(kept: Kept):
+    for name, *ids in (("a",), ("b",), ("a", 1), ("c",), ("a", 1, 2)):
+        kept.take(name, name, *ids)
+    assert kept.starts == ["a", "b", "c"]
+    kept.take("b", "b", 1)
+    assert kept.starts == ["a", "b", "c", "b"]
+
+
+def test_a_key_that_comes_with_another_grammar_gets_its_masks(kept: Kept):
+    kept.take("a", "x", 1)
+    kept.take("a", "y", 1, 2)
+    assert kept.starts == ["x", "y"]
+
+
+def test_a_failure_is_told_once_and_the_key_may_come_again(kept: Kept):
+    kept.faults = [RuntimeError("planted")]
+    key = SequenceKey("a", 0)
+    assert set(kept.take("a", "x", 7).failed) == {key}
+    assert kept.masks.num_matchers == 0
+    assert kept.take("a", "x", 7) == Masks({key: (bytes((7,)),)}, {}, frozenset())
+
+
+def test_a_kept_matcher_of_other_ids_is_made_anew(kept: Kept):
+    for ids in ((1,), (1, 2), (1, 3, 4), (5,)):
+        assert kept.take("a", "x", *ids).ready == {SequenceKey("a", 0): (bytes(ids),)}
+    assert kept.starts == ["x"] * 3
+
+
 # ---------------------------------------------------------------- guessed tokens
 
 

@@ -42,6 +42,10 @@ MUTANTS = [
     Mutant("model/sampling/masks.py", "        known.matcher = None  # until it is known to be whole\n", ""),
     Mutant("model/sampling/masks.py", "if time.monotonic() - known.began_s > OVERDUE_S:", "if False:"),
     Mutant("model/sampling/masks.py", "_masks_behind(matcher.copy(), ", "_masks_behind(matcher, "),
+    Mutant("model/sampling/masks.py", "            del self._known[key]\n", "            pass\n"),
+    Mutant("model/sampling/masks.py", "        self._known.move_to_end(step.key)\n", ""),
+    Mutant("model/sampling/masks.py", "known is None or known.grammar != grammar", "known is None"),
+    Mutant("model/sampling/masks.py", "matcher is None or ids[:count] != known.taken", "matcher is None"),
     Mutant("engine/core.py", "                    lives.drop_drafts(sequence)\n", ""),
     Mutant(
         "engine/lifecycle.py",
