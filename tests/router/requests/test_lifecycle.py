@@ -12,6 +12,7 @@ from twostroke.protos import common_pb2, worker_pb2
 from twostroke.router.requests.admission.bounds import AdmissionLimits
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.routing.facts import WorkerFacts, WorkerKey
+from twostroke.router.routing.policy import PolicyLimits
 
 
 def placed(run: RequestState) -> WorkerKey:
@@ -395,3 +396,15 @@ def test_a_request_that_is_taken_back_waits_as_long_as_a_new_one() -> None:
     assert run.stage is Stage.ROUTING
     router.pass_s(0.2)
     assert isinstance(run.error, errors.WorkerLost)
+
+
+def test_an_equal_prompt_goes_to_the_prefill_worker_that_computes_the_first_one() -> None:
+    """Also while nothing has told the router yet that its blocks are cached there."""
+    router = Router(policy=PolicyLimits(local_prefill=False))
+    router.identities = lambda *_: [BlockIdentity(bytes([n]) * 16) for n in range(3)]  # type: ignore[method-assign]
+    for name, role in (("p", Role.PREFILL), ("q", Role.PREFILL), ("d", Role.DECODE), ("e", Role.DECODE)):
+        router.roster.watching(router.join(name, role=role))
+    first, second = [router.ask(name).dispatches[-1].choice.winner for name in ("first", "second")]
+    assert first.prefill is not None
+    assert (first.prefill_held_tokens, second.prefill_held_tokens, second.decode_held_tokens) == (0, 48, 0)
+    assert second.computes.worker_id == first.prefill.worker_id
