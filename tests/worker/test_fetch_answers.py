@@ -101,6 +101,8 @@ class Ticks:
 
 
 async def held(identities: Any, first_token: int, root: bytes) -> BlocksFetched:
+    for _ in range(3):
+        await asyncio.sleep(0.0)  # others go on meanwhile
     return found(len(identities))
 
 
@@ -115,11 +117,14 @@ async def test_a_departing_worker_waits_until_its_blocks_are_fetched_as_a_whole(
     departing, context = Departing(Ticks()), SimpleNamespace()
     departing.gave_back([KEY])
     waiting = asyncio.create_task(departing.wait(3600.0))
+    await asyncio.sleep(0.0)  # it waits
     broken = serving(departing).fetch(REQUEST, context)
     await anext(broken)
     assert departing.departure.waits_until_s(5.0) == float("inf")
+    await asyncio.sleep(0.0)
     await broken.aclose()
     assert departing.departure.waits_until_s(5.0) == 5.0 + departing.departure.quiet_s, "it may come again"
+    await asyncio.sleep(0.0)
     assert not waiting.done()
     assert len([frame async for frame in serving(departing).fetch(REQUEST, context)]) == 3
     async with asyncio.timeout(60.0):
