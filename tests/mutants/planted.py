@@ -284,8 +284,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "worker/blocks/copies": ("tests/worker/test_copies.py", "tests/worker/test_keeping.py"),
     "worker/blocks/departure": ("tests/worker/test_departure.py",),
-    "worker/blocks/departing": ("tests/worker/test_fetch_answers.py",),
-    "worker/blocks/fetch": ("tests/worker/test_fetch_answers.py",),
+    "worker/blocks/departing": ("tests/worker/test_fetch_answers.py", "tests/worker/test_fetching.py"),
+    "worker/blocks/fetch": ("tests/worker/test_fetch_answers.py", "tests/worker/test_worker_watch.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (
         "tests/worker/test_announcer.py",

@@ -36,7 +36,6 @@ MUTANTS = [
     Mutant(DEPARTING, "min(until_s, end_s) - now_s", "until_s - now_s"),
     Mutant(DEPARTING, "is_whole=is_whole)\n        self._changed.set()\n", "is_whole=is_whole)\n"),
     Mutant("worker/blocks/fetch.py", "fetch_ended(key, is_whole=is_whole)", "fetch_ended(key, is_whole=True)"),
-    Mutant("worker/blocks/fetch.py", "    if len(wanted.identities) > MAX_IDENTITIES:\n", "    if False:\n"),
     Mutant("decode_worker/sources.py", "identities[: (num_tokens - 1) // HASH_BLOCK_TOKENS]", "identities[:]"),
     Mutant("decode_worker/sources.py", "            self._has_asked_again = True\n", ""),
     Mutant("decode_worker/task.py", "            self._sources.ended(fetched.end)\n", ""),
