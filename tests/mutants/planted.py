@@ -285,7 +285,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "worker/blocks/copies": ("tests/worker/test_copies.py", "tests/worker/test_keeping.py"),
     "worker/blocks/departure": ("tests/worker/test_departure.py",),
     "worker/blocks/departing": ("tests/worker/test_fetch_answers.py", "tests/worker/test_fetching.py"),
-    "worker/blocks/fetch": ("tests/worker/test_fetch_answers.py", "tests/worker/test_worker_watch.py"),
     "worker/watch": ("tests/worker/test_watchers.py", "tests/worker/test_worker_watch.py"),
     "worker/announcer": (
         "tests/worker/test_announcer.py",
@@ -296,7 +295,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "worker/gpu/monitor": ("tests/worker/gpu/test_monitor.py",),
     "worker/gpu/visible": ("tests/worker/gpu/test_visible.py",),
     "worker/gpu/": ("tests/worker/gpu/test_verdict.py",),
-    "worker/": ("tests/worker/test_worker_watch.py",),
+    "worker/": ("tests/worker/test_fetch_answers.py", "tests/worker/test_worker_watch.py"),
 }
 
 MUTANTS = [

@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(WATCHING, "        self._rest()\n        self._has_news = False\n", "        self._has_news = False\n"),
     Mutant(
         WATCHING,
-        "        self._version = version\n        self._has_news = False\n",
-        "        self._version = version\n",
+        "        self._has_news = False\n        self._count()\n",
+        "        self._count()\n",
     ),
     Mutant("cluster/discovery/outage.py", "if not at_once and now_s", "if now_s"),
     Mutant("cluster/discovery/outage.py", "        self._said_at_s = now_s\n", ""),
@@ -44,7 +44,9 @@ MUTANTS = [
     ),
     Mutant(LEASE, "        self._renewed_at_s = None\n        if not record.holder", "        if not record.holder"),
     Mutant(
-        LEASE, "            self._renewed_at_s = None\n            return Create()\n", "            return Create()\n"
+        LEASE,
+        "        if record is None:\n            self._renewed_at_s = None\n",
+        "        if record is None:\n",
     ),
     Mutant(LEASE, "not record.holder or now_s", "now_s"),
     Mutant(LEASE, "self._seen[1] > record.duration_s", "self._seen[1] > self.timing.renew_by_s"),

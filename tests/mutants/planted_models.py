@@ -7,7 +7,7 @@ _FLOAT4 = "model/quantise/float4.py"
 MUTANTS = [
     Mutant(_FLOAT4, "torch.where(low % 2 == 0, low, high)", "low"),
     Mutant(_FLOAT4, "for more in (0, 1):", "for more in (0,):"),
-    Mutant(_FLOAT4, "for more in (0, 1):", "for more in (1,):"),
+    Mutant(_FLOAT4, "exponent - 2 + more", "exponent - 1 + more"),
     Mutant(_FLOAT4, "torch.where(error < least_error,", "torch.where(error <= least_error,"),
     Mutant(_FLOAT4, ".tiny / 8", ".tiny"),
     Mutant(_FLOAT4, "    whole = whole.float().clamp(max=torch.finfo(torch.float32).max)\n", ""),

@@ -279,7 +279,7 @@ _LATER = [
     Mutant("cluster/members.py", "            self._replaced.remove(name)\n            end", "            end"),
     Mutant("cluster/members.py", "cordon = self._cordons.pop(name, None)", "cordon = self._cordons.get(name)"),
     Mutant("cluster/members.py", 'hears_routers if member.kind == "router" else hears_workers', "hears_workers"),
-    Mutant("cluster/members.py", 'hears_routers if member.kind == "router" else hears_workers', "hears_routers"),
+    Mutant("cluster/members.py", ' if member.kind == "router" else hears_workers', ""),
 ]
 
 MUTANTS = [*_DECODE, *_CLUSTER, *_LATER]
