@@ -13,7 +13,7 @@ from ..core.hosts import is_loopback_name
 from ..core.request import Role
 from ..kv.sizing import PoolSize
 from ..kv.spec import KvSpec
-from ..model.ops.device import chosen_kind
+from ..model.ops.device import chosen_kind, refuse_gpu_ranks
 from ..worker.automatic import Decision, decided_patience, decided_router, size_worker
 from ..worker.machine import MachineFacts
 from .config import Config
@@ -126,7 +126,7 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
     if not usable:
         what = "GPU" if device == "cuda" else "CPU"
         raise ConfigError(f"no node of the cluster has a {what} that may be used; `ray start --num-{what.lower()}s N`")
-    _check_ranks(config, device)
+    refuse_gpu_ranks(max(cluster.ranks_of(role) for _, role in roles), device)
     most = config.num_places
     wanted = [Wanted(prefix, cluster.ranks_of(role)) for prefix, role in roles]
     wanted += wanted[-1:] * (most - len(wanted))  # the planner's workers all have the same number of ranks
@@ -251,15 +251,6 @@ def _spare_gpus(members: Sequence[ProcessPlan], nodes: Sequence[Node]) -> tuple[
 
 def _told_ranks(ranks: Sequence[int]) -> str:
     return f"{len(ranks)} workers" if sum(ranks) == len(ranks) else f"{sum(ranks)} ranks of {len(ranks)} workers"
-
-
-def _check_ranks(config: Config, device: str) -> None:
-    cluster = config.cluster
-    if device == "cuda" and max(cluster.ranks_of(Role.PREFILL), cluster.ranks_of(Role.DECODE)) > 1:
-        raise ConfigError(
-            "cluster.tensor_parallel_size, prefill_tp and decode_tp must be 1 on GPUs in this release; tensor "
-            "parallelism runs on CPUs (TWOSTROKE__MODEL__DEVICE=cpu)"
-        )
 
 
 def bytes_beside_workers(config: Config) -> int:

@@ -76,11 +76,7 @@ def needs_of_ranks(
         state_bytes = 0 if states is None else states.num_bytes
         needs = MemoryNeeds(held, model.kv_spec, model.max_model_len, steps, state_bytes)
         return needs if draft is None else _with_draft(needs, draft)
-    if settings.serves_adapters:
-        raise ConfigError(
-            f"adapters are to be served (model.lora_modules or enable_lora) by workers of {num_ranks} tensor-parallel "
-            "ranks; they are served on one rank in this release: leave one of the two out"
-        )
+    refuse_adapters(settings, num_ranks)
     weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels, part=True)
     step = step_bytes(rank.local, model.dtype)
     of_all = StepBytes(num_ranks * step.per_token, num_ranks * step.per_row)
@@ -120,6 +116,15 @@ def resolve_draft(
             "go back behind a wrong guess; name a draft model of attention layers alone"
         )
     return draft
+
+
+def refuse_adapters(settings: ModelConfig, num_ranks: int) -> None:
+    """Raise ConfigError if a worker of several tensor-parallel ranks is to serve adapters."""
+    if num_ranks > 1 and settings.serves_adapters:
+        raise ConfigError(
+            f"adapters are to be served (model.lora_modules or enable_lora) by workers of {num_ranks} tensor-parallel "
+            "ranks; they are served on one rank in this release: leave one of the two out"
+        )
 
 
 def resolve(

@@ -24,8 +24,8 @@ from ..kv.slices import RankSlices
 from ..kv.store.host_store import HostStore
 from ..model.adapters.loading import AdapterLoader
 from ..model.loader import RunnerOptions, load_runner, numerics_class
-from ..model.ops.device import resolve_device
-from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, resolve
+from ..model.ops.device import refuse_gpu_ranks, resolve_device
+from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, refuse_adapters, resolve
 from ..model.runner import Runner
 from ..model.weights.tensors import open_source, weights_fingerprint
 from ..text.grammar import GrammarCompiler
@@ -85,9 +85,9 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         DoesNotFit: nothing is left for the KV pool, or the longest context does not fit it; with the arithmetic.
         ConfigError: a setting cannot work on this machine.
     """
-    refuse_ranks(settings)
     device = resolve_device(settings.model.device, settings.gpu)
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
+    refuse_settings(settings, kind)
     directory = Path(settings.model_directory)
     resolved = resolve(directory, settings.model, settings.cache.dtype, kind, built_library)
     refuse_beside_states(resolved.spec, settings.model, settings.cache, settings.speculation)
@@ -146,6 +146,17 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     return BuiltEngine(engine, link, facts, tokenizer, pool_size, read, ranks)
 
 
+def refuse_settings(settings: WorkerSettings, kind: DeviceKind) -> None:
+    """Refuse what no worker on this kind of device serves, whatever its model.
+
+    Raises:
+        ConfigError: several ranks on a GPU, or beside what is served on one rank.
+    """
+    refuse_gpu_ranks(settings.num_ranks, kind)
+    refuse_adapters(settings.model, settings.num_ranks)
+    refuse_ranks(settings)
+
+
 def _adapter_files(directory: Path, spec: ModelSpec, present: Container[str], limits: AdapterLimits) -> AdapterFiles:
     """Read an adapter, all of it, for its digest and its size in memory. Raises CheckpointError as `read_adapter`."""
     adapter = read_adapter(directory, spec, present, limits)
@@ -158,12 +169,8 @@ def _started_ranks(
     """Start the processes of the other ranks, which load their parts while this process loads its own.
 
     Raises:
-        ConfigError: this device or machine has no ranks.
+        ConfigError: this machine has no native kernels.
     """
-    if model.device != "cpu":
-        raise ConfigError(
-            f"this worker has {settings.num_ranks} tensor-parallel ranks, and GPUs have one in this release"
-        )
     try:
         built_library()
     except NativeUnavailable as error:

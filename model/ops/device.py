@@ -1,4 +1,4 @@
-"""Choice of device and kernels, limits of a GPU's kernels, and free memory of GPUs.
+"""Choice of device and kernels, limits of GPUs and their kernels, and free memory of GPUs.
 
 Imports torch only where a GPU may exist.
 """
@@ -128,6 +128,20 @@ def describe_device(device: torch.device) -> str:
 
     found = torch.cuda.get_device_properties(device)
     return f"{found.name} with {found.multi_processor_count} processors"
+
+
+def refuse_gpu_ranks(num_ranks: int, kind: Literal["cpu", "cuda"]) -> None:
+    """Refuse a worker of several tensor-parallel ranks on GPUs.
+
+    Raises:
+        ConfigError: there are several, and the device is a GPU.
+    """
+    if kind == "cuda" and num_ranks > 1:
+        raise ConfigError(
+            f"a worker has {num_ranks} tensor-parallel ranks, and GPUs have one in this release: "
+            "cluster.tensor_parallel_size, prefill_tp and decode_tp must be 1 there; tensor parallelism runs on CPUs "
+            "(TWOSTROKE__MODEL__DEVICE=cpu)"
+        )
 
 
 def refuse_unserved(spec: ModelSpec, codec: str) -> None:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,25 @@ import click
 import pytest
 import typer
 import yaml
+from support.checkpoints.models import family_directory
 from support.deploy.charts import CHART, ROOT, combinations, mode_arguments, of_kind, pod_specs, render, run_helm
 from support.deploy.promql import scrape, unanswered
 from support.engines.workers import start_worker, tiny_checkpoint
+from typer.testing import CliRunner
 
+from twostroke.checkpoint.config import ModelConfig
 from twostroke.cli.main import app
 from twostroke.cluster.config import load_config
+from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role
+from twostroke.engine.config import SpeculationConfig
+from twostroke.model.resolved import DeviceKind, resolve
 from twostroke.router.metrics import RouterMetrics
+from twostroke.worker import main as worker_main
+from twostroke.worker.build import refuse_settings
+from twostroke.worker.settings import WorkerSettings
 
-__all__ = ["start_worker", "tiny_checkpoint"]
+__all__ = ["family_directory", "start_worker", "tiny_checkpoint"]
 
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ALL = pytest.mark.parametrize("arguments", combinations())
@@ -93,6 +104,61 @@ def test_every_command_and_setting_exists(arguments: list[str], tmp_path: Path):
     config = load_config(file, {"TWOSTROKE__CLUSTER__KEY": "k" * 32, "TWOSTROKE__ROUTER__INSECURE": "true"})
     assert config.router.internal_port == 8002
     assert config.cluster.drain_timeout_s == 30
+
+
+@ALL
+def test_a_worker_accepts_what_a_pod_gives_it(
+    arguments: list[str],
+    tmp_path: Path,
+    family_directory: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Arguments and settings of each worker's container pass its command and its own refusals, beside a small model."""
+    started: list[WorkerSettings] = []
+    monkeypatch.setattr(worker_main, "run_worker", lambda settings, *_: started.append(settings))
+    manifests = render(*arguments)
+    file = tmp_path / "config.yaml"
+    file.write_text(of_kind(manifests, "ConfigMap", "twostroke")[0]["data"]["config.yaml"])
+    model = family_directory("qwen3")
+    environment = {"TWOSTROKE__CLUSTER__KEY": "k" * 32, "POD_NAME": "pod-1", "POD_IP": "127.0.0.1"}
+    roles = [role for role in Role if any(f"--role={role}" in args for args in worker_arguments(manifests))]
+    assert len(roles) in (1, 2)
+    for role in roles:
+        given = [each.replace("/etc/twostroke/config.yaml", str(file)) for each in worker_of(manifests, role)["args"]]
+        given = [re.sub(r"^--model=.*", f"--model={model}", each) for each in given]
+        given = [re.sub(r"\$\((\w+)\)", lambda name: environment[name[1]], each) for each in given]
+        done = CliRunner(env=environment).invoke(app, given[1:])
+        assert done.exit_code == 0, f"{done.output} {done.exception}"
+        settings = started.pop()
+        kind: DeviceKind = "cpu" if settings.model.device == "cpu" else "cuda"
+        refuse_settings(settings, kind)
+        resolve(model, settings.model, settings.cache.dtype, kind)
+        assert f"--role={settings.role}" in given
+
+
+def worker_arguments(manifests: list[dict]) -> list[list[str]]:
+    return [
+        container["args"]
+        for spec in pod_specs(manifests).values()
+        for container in spec["containers"]
+        if container["name"] == "worker"
+    ]
+
+
+def test_a_worker_refuses_what_its_device_has_not():
+    """What the test above asks is a refusal: of the ranks on GPUs that the chart refuses too."""
+    settings = WorkerSettings(
+        worker_id="w", role=Role.DECODE, model_directory="m", model_name="m", num_ranks=2, cluster_key="k" * 16
+    )
+    refuse_settings(settings, "cpu")
+    with pytest.raises(ConfigError, match="GPUs have one in this release"):
+        refuse_settings(settings, "cuda")
+    ngram = settings.model_copy(update={"speculation": SpeculationConfig(method="ngram")})
+    with pytest.raises(ConfigError, match="served on one rank"):
+        refuse_settings(ngram, "cpu")
+    adapters = settings.model_copy(update={"model": ModelConfig(enable_lora=True)})
+    with pytest.raises(ConfigError, match="served on one rank"):
+        refuse_settings(adapters, "cpu")
 
 
 def test_ray_itself_takes_the_arguments_of_its_nodes():
@@ -172,11 +238,11 @@ def test_the_hubs_own_program_takes_the_arguments_of_a_download():
 
 
 @pytest.mark.parametrize("mode", ["deployments", "ray", "disaggregatedset"])
-def test_tensor_parallelism_sets_the_flag_and_the_gpus_together(mode: str):
-    manifests = render(*GPUS, "--set=decode.parallelism.tensor=4", *mode_arguments(None, mode))
+def test_tensor_parallelism_sets_the_flag_and_the_shared_memory_together(mode: str):
+    unlike = "--set=decode.parallelism.tensor=4,config.model.deterministic=false"
+    manifests = render(unlike, *mode_arguments(None, mode))
     for role, tensor in (("prefill", 1), ("decode", 4)):
         container = worker_of(manifests, role)
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == tensor
         flags = [each for each in container["args"] if "tensor-parallel" in each]
         assert flags == ([f"--tensor-parallel-size={tensor}"] if tensor > 1 else [])
     shared = [
@@ -195,14 +261,14 @@ def test_gpus_come_by_resource_slice_or_claim():
     }
     assert "amd.com/gpu" in worker_of(render("--set=accelerator.type=amd"), "decode")["resources"]["limits"]
     assert list(worker_of(render(), "decode")["resources"]["limits"]) == ["memory"]
-    claimed = render(*GPUS, "--set=dra.claimTemplates[0].name=gpu,decode.parallelism.tensor=2")
+    claimed = render(*GPUS, "--set=dra.claimTemplates[0].name=gpu")
     assert worker_of(claimed, "decode")["resources"]["claims"] == [{"name": "gpu"}]
     assert "nvidia.com/gpu" not in worker_of(claimed, "decode")["resources"]["limits"]
     counts = {
         claim["metadata"]["name"]: claim["spec"]["spec"]["devices"]["requests"][0]["exactly"]["count"]
         for claim in of_kind(claimed, "ResourceClaimTemplate")
     }
-    assert counts == {"ts-twostroke-prefill-gpu": 1, "ts-twostroke-decode-gpu": 2}
+    assert counts == {"ts-twostroke-prefill-gpu": 1, "ts-twostroke-decode-gpu": 1}
 
 
 def test_rdma_adds_a_device_and_a_capability_to_workers_alone():

@@ -111,8 +111,29 @@ def test_lint_finds_nothing(preset):
         ("accelerator: {type: tpu}", "accelerator.type"),
         ("prefill: {parallelism: {tensor: 0}}", "tensor"),
         (
-            "{accelerator: {type: nvidia}, gpuResource: nvidia.com/mig-1g.10gb, decode: {parallelism: {tensor: 2}}}",
+            "{accelerator: {type: nvidia}, gpuResource: nvidia.com/mig-1g.10gb, prefill: {parallelism: {tensor: 2}}, "
+            "decode: {parallelism: {tensor: 2}}}",
             "MIG",
+        ),
+        (
+            "{accelerator: {type: nvidia}, prefill: {parallelism: {tensor: 2}}, decode: {parallelism: {tensor: 2}}}",
+            "GPUs have one tensor-parallel rank in this release",
+        ),
+        (
+            "{accelerator: {type: amd}, prefill: {create: false}, decode: {create: false}, "
+            "combined: {create: true, parallelism: {tensor: 4}}}",
+            "combined.parallelism.tensor is 4 with accelerator.type amd",
+        ),
+        ("{decode: {parallelism: {tensor: 2}}}", "with model.deterministic only equal ones hand over"),
+        (
+            "{config: {speculation: {method: ngram}}, prefill: {create: false}, decode: {create: false}, "
+            "combined: {create: true, parallelism: {tensor: 2}}}",
+            "speculation is served on one rank",
+        ),
+        (
+            "{config: {model: {enable_lora: true}}, prefill: {parallelism: {tensor: 2}}, "
+            "decode: {parallelism: {tensor: 2}}}",
+            "served on one rank",
         ),
         ("{decode: {create: false}}", "no worker would decode"),
         ("{mode: disaggregatedset, prefill: {create: false}}", "two roles"),

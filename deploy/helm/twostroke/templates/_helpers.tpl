@@ -101,11 +101,25 @@ k8s://{{ include "twostroke.fullname" . }}-routers.{{ .Release.Namespace }}:{{ .
 {{- if and (eq .Values.mode "disaggregatedset") (lt (len $roles) 2) -}}
 {{- fail "mode disaggregatedset needs two roles at least; create prefill and decode, or use mode deployments" -}}
 {{- end -}}
+{{- $settings := .Values.config -}}
+{{- $deterministic := ne (toString (dig "model" "deterministic" true $settings)) "false" -}}
+{{- if and .Values.prefill.create .Values.decode.create $deterministic (ne (int .Values.prefill.parallelism.tensor) (int .Values.decode.parallelism.tensor)) -}}
+{{- fail (printf "prefill.parallelism.tensor is %v and decode.parallelism.tensor %v: their sums differ in the last bits, and with model.deterministic only equal ones hand over; give both the same, or set config.model.deterministic to false" .Values.prefill.parallelism.tensor .Values.decode.parallelism.tensor) -}}
+{{- end -}}
 {{- range $role := $roles -}}
 {{- $block := index $.Values $role -}}
 {{- if gt (int $block.parallelism.tensor) 1 -}}
 {{- if contains "/mig-" $.Values.gpuResource -}}
 {{- fail (printf "%s.parallelism.tensor is %v with %s: a process uses one MIG slice, so tensor parallelism over slices is impossible; set it to 1" $role $block.parallelism.tensor $.Values.gpuResource) -}}
+{{- end -}}
+{{- if ne $.Values.accelerator.type "cpu" -}}
+{{- fail (printf "%s.parallelism.tensor is %v with accelerator.type %s: GPUs have one tensor-parallel rank in this release; set it to 1, or accelerator.type to cpu" $role $block.parallelism.tensor $.Values.accelerator.type) -}}
+{{- end -}}
+{{- if or (dig "speculation" "method" "" $settings) (dig "speculation" "model" "" $settings) -}}
+{{- fail (printf "%s.parallelism.tensor is %v, and config.speculation is given: speculation is served on one rank in this release; leave one of the two out" $role $block.parallelism.tensor) -}}
+{{- end -}}
+{{- if or (dig "model" "enable_lora" false $settings) (dig "model" "lora_modules" "" $settings) -}}
+{{- fail (printf "%s.parallelism.tensor is %v, and config.model has adapters (enable_lora, lora_modules): they are served on one rank in this release; leave one of the two out" $role $block.parallelism.tensor) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (eq $.Values.mode "ray") (ne $block.autoscaling.kind "none") -}}

@@ -98,7 +98,7 @@ volumes:
     {{- with $block.extraVolumeMounts }}{{ toYaml . | nindent 4 }}{{ end }}
 {{- end }}
 
-{{/* Given resources, GPUs for every rank of the tensor-parallel group, an RDMA device, claims. */}}
+{{/* Given resources, the GPU, an RDMA device, claims. (On GPUs parallelism.tensor is 1: twostroke.check.) */}}
 {{- define "twostroke.workerResources" -}}
 {{- $root := .root -}}
 {{- $resources := deepCopy .block.resources -}}
