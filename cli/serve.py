@@ -10,30 +10,22 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ..cli import options as o
-from ..cluster.catalogue import MachineShape, parse_machine
 from ..cluster.config import Config
 from ..cluster.deployment.adoption import serves_on
 from ..cluster.deployment.keeper import Deployment, claim, outlives
-from ..cluster.fit import machine_of
 from ..cluster.launch.launchers import traces_of
-from ..cluster.model_facts import model_facts
 from ..cluster.operations.run_folder import RunFolder
-from ..cluster.placement import Plan, bytes_beside_workers, place
-from ..cluster.prepare import check_files, prepare
+from ..cluster.placement import Plan
+from ..cluster.prepare import prepare
 from ..cluster.supervisor import Supervisor
-from ..core.errors import ConfigError, TwostrokeError
+from ..core.errors import TwostrokeError
 from ..core.foreground import Stop, Stopped, leave, run, unless
-from ..core.hosts import is_loopback_name
-from ..core.ports import numeric_host
-from ..router.config import GOOD_KEY_CHARS
-from ..worker.machine import machine_facts
 from .doors import Doors, check_nobody_lives
 from .failure import fail
-from .fits import mib, show_fits
 from .greeting import commands
+from .plans import DryRun, Machine, settings_remarks, shows_plan
 
 LEFT_EXIT = 1  # of a supervisor whose members serve on
 
@@ -43,102 +35,17 @@ console = Console(stderr=True, log_path=False, soft_wrap=True)
 @o.starts_a_cluster
 def serve(
     settings: Config,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    machine: Annotated[
-        str | None,
-        typer.Option(help="With --dry-run: plan for GPUs that are not here, e.g. 8xH100, or 2x4xA100-80GB on 2 nodes."),
-    ] = None,
+    dry_run: DryRun = False,
+    machine: Machine = None,
     detached: Annotated[bool, typer.Option("--detached", help="Started by `up`.", hidden=True)] = False,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C.
 
-    Every setting is also a key of --config and an environment variable TWOSTROKE__SECTION__KEY.
+    Every setting is also a key of --config and an environment variable TWOSTROKE__SECTION__KEY: docs/settings.md.
     """
-    if machine is not None:
-        if not dry_run:
-            raise ConfigError(
-                f"--machine is {machine!r}, which is only for plans: give --dry-run with it, or leave it out"
-            )
-        shape = parse_machine(machine)
-        show_fits(settings, shape, Console())
-        show_plan(settings, place(settings, machine_of(shape), model_facts(settings, shape.num_gpus)), Console(), shape)
-        return
-    if dry_run:
-        check_files(settings)
-        show_plan(settings, place(settings, machine_facts(), model_facts(settings)), Console())
+    if shows_plan(settings, dry_run=dry_run, machine=machine):
         return
     raise typer.Exit(run(lambda stop: _serve(settings, stop, detached=detached)))
-
-
-def show_plan(config: Config, plan: Plan, out: Console, shape: MachineShape | None = None) -> None:
-    """Print workers, threads, memory and ports, as tables and calculations. `shape`: of a machine that is not here."""
-    table = Table(title=f"{plan.model.name} — launcher {config.cluster.launcher}", title_justify="left")
-    for heading in ("member", "role", "ranks", "threads each", "memory at most", "KV pool"):
-        table.add_column(heading)
-    for member in plan.members:
-        if member.kind == "router":
-            table.add_row(member.name, "router", "", "", "", "")
-        else:
-            pool = f"{plan.pool.num_blocks:,} × {plan.pool.block_tokens} = {plan.pool.num_tokens:,} tokens"
-            where = f"GPU {member.gpu}" if shape is None else shape.name_of(member.gpu)
-            memory = f"{f'{where}: ' if member.device == 'cuda' else ''}{mib(member.memory_bytes)}"
-            ranks, threads = str(member.num_ranks), str(member.num_threads)
-            table.add_row(member.name, str(member.role), ranks, threads, memory, pool)
-    out.print(table)
-    if plan.spare_gpus:
-        out.print(f"{len(plan.spare_gpus)} GPUs have no worker; --prefill and --decode ask for more workers")
-    taken = (plan.model.weight_bytes + plan.pool.pool_bytes) / 2**20
-    out.print(
-        f"each worker takes {taken:,.0f} MiB for weights and KV pool, as requests fill it; at most: its share of what "
-        "is free now"
-    )
-    out.print(f"computes in {plan.model.arithmetic}")
-    out.print(f"pool of each worker: {plan.pool.arithmetic}")
-    if plan.free_places:
-        out.print(
-            f"places for {len(plan.free_places)} further workers, which the planner may start (planner.max_workers): "
-            "each has its share of this machine already"
-        )
-    beside = bytes_beside_workers(config) / 2**20
-    out.print(f"beside the workers: {beside:,.0f} MiB for the router, the launcher and a Ray that is started for them")
-    if plan.pool.num_swap_blocks:
-        swap_tokens = plan.pool.num_swap_blocks * plan.pool.block_tokens
-        out.print(
-            f"swap space of each worker: {config.cache.swap_space:g} GiB = {plan.pool.num_swap_blocks:,} blocks "
-            f"= {swap_tokens:,} tokens of preempted sequences"
-        )
-    out.print(
-        f"weights {plan.model.weight_bytes / 2**20:,.1f} MiB per worker · context {plan.model.max_model_len:,} · "
-        f"KV {plan.model.kv_spec.bytes_per_token:,} bytes/token"
-        + (f" · recurrent state {plan.model.state_bytes:,} bytes/sequence" if plan.model.state_bytes else "")
-    )
-    if config.speculation.method is not None:
-        most = config.speculation.num_speculative_tokens
-        out.print(f"speculation: {config.speculation.method}, at most {most} guessed tokens per sequence and step")
-    if plan.model.draft:
-        out.print(f"draft model, part of the above: {plan.model.draft}")
-    out.print(f"where a request says nothing: {plan.model.sampling or 'temperature 1.0, no filters'}")
-    for remark in [*(f"note: {remark}" for remark in plan.model.remarks), *settings_remarks(config)]:
-        out.print(remark)
-    out.print(
-        f"ports: HTTP {config.router.host}:{config.router.port} · gRPC {config.router.grpc_port} · "
-        f"workers: any · their metrics: {_metrics_ports(plan)}"
-    )
-    reasons = Table(title="settings that this machine decides, unless given", title_justify="left")
-    for heading in ("setting", "value", "why"):
-        reasons.add_column(heading)
-    flags = {setting: f"--{flag.replace('_', '-')}" for flag, setting in o.SETTING_BY_FLAG.items()}
-    for decision in plan.decisions:
-        name = f"{decision.setting} ({flags[decision.setting]})" if decision.setting in flags else decision.setting
-        reasons.add_row(name, decision.value, decision.reason)
-    out.print(reasons)
-
-
-def _metrics_ports(plan: Plan) -> str:
-    ports = [worker.metrics_port for worker in plan.workers]
-    if ports[0] is None:
-        return "none"
-    return f"{ports[0]} to {ports[-1]}" if ports[0] else "any"
 
 
 async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
@@ -265,21 +172,6 @@ def _remarks(plan: Plan) -> list[str]:
         )
     shortened = [d for d in plan.decisions if d.setting == "model.max_model_len" and "pool" in d.reason]
     return remarks + [f"{d.setting} is {d.value}: {d.reason}" for d in shortened]
-
-
-def settings_remarks(config: Config) -> list[str]:
-    """Notes on settings that are accepted but could be better."""
-    remarks = []
-    weak = config.router.num_weak_keys
-    if weak:
-        have = "has" if weak == 1 else "have"
-        remarks.append(f"note: {weak} of router.api_keys {have} fewer than {GOOD_KEY_CHARS} characters")
-    if not is_loopback_name(numeric_host(config.router.host)) and not config.router.has_keys:
-        remarks.append(
-            f"note: whoever reaches {config.router.host} may use this, for there are no router.api_keys "
-            "(TWOSTROKE__ROUTER__API_KEYS)"
-        )
-    return remarks
 
 
 def _shown(program: str) -> str:

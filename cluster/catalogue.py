@@ -85,11 +85,6 @@ class MachineShape:
         """GPUs of all nodes."""
         return self.num_nodes * self.gpus_per_node
 
-    def name_of(self, index: int) -> str:
-        """Where the GPU of that index is."""
-        node, local = divmod(index, self.gpus_per_node)
-        return f"node {node} GPU {local}" if self.num_nodes > 1 else f"GPU {local}"
-
     def __str__(self) -> str:
         nodes = f"{self.num_nodes} nodes of " if self.num_nodes > 1 else ""
         gpu = self.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.locate import located, served_name
+from ..checkpoint.quantised.plan import quantised_plan
 from ..checkpoint.shards import group_sizes
 from ..core.request import Role
 from ..model.ops.device import chosen_kind, gpu_free_bytes
@@ -45,12 +47,36 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
         state_bytes=most.state_bytes,
         max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
-        remarks=model.spec.remarks,
+        remarks=(*model.spec.remarks, *_gpu_remarks(model, config)),
         sampling=_sampling(model) if config.model.generation_config == "auto" else "",
         draft_directory="" if draft is None else str(draft.directory),
         draft="" if draft is None else _told(draft),
         arithmetic=f"{model.dtype}, {_rounding(model)}, {model.kernels} kernels on {kind}",
     )
+
+
+def _gpu_remarks(model: ResolvedModel, config: Config) -> list[str]:
+    """What a user of quantised weights may not expect of a GPU: they take what floats take."""
+    if model.device == "cpu":
+        return []
+    remarks = []
+    if model.quantization != "none":
+        remarks.append(
+            f"model.quantization {model.quantization} saves no memory on a GPU: rounded weights are held in "
+            f"{model.dtype} there"
+        )
+    if _is_quantised(model):
+        remarks.append(
+            f"the checkpoint's quantised weights are decoded to {model.dtype} on a GPU, where they take "
+            f"{model.weight_bytes / 2**20:,.0f} MiB"
+        )
+    return remarks
+
+
+def _is_quantised(model: ResolvedModel) -> bool:
+    if is_gguf(model.directory):  # of a float file the weights take as much memory
+        return 1.5 * model.directory.stat().st_size < model.weight_bytes
+    return quantised_plan(model.directory) is not None
 
 
 def needs_by_ranks(config: Config, most: int) -> dict[int, MemoryNeeds]:

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,18 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds; the loop must handle signals
     config = await asyncio.to_thread(_with_checkpoint, config)
     config = await _with_kernels(config, show)
-    nodes = await _nodes(config, show)
-    plan = await asyncio.to_thread(lambda: place_on(config, nodes, model_facts(config)))
+    nodes = await found_nodes(config, show)
+    plan = await asyncio.to_thread(plan_on, config, nodes)
     return config, plan
+
+
+def plan_on(config: Config, nodes: Sequence[Node]) -> Plan:
+    """Place the configured checkpoint's workers on these machines.
+
+    Raises:
+        CheckpointError, ConfigError, DoesNotFit: as `model_facts` and `place_on`.
+    """
+    return place_on(config, nodes, model_facts(config, sum(len(node.machine.gpu_bytes) for node in nodes)))
 
 
 def check_files(config: Config) -> None:
@@ -75,8 +84,12 @@ def prepare_again(config: Config, model: ModelFacts, kernels: str) -> Config:
     return _with_files(config.model_copy(update={"model": config.model.model_copy(update=update)}))
 
 
-async def _nodes(config: Config, show: Show) -> list[Node]:
-    """The machines that members may run on."""
+async def found_nodes(config: Config, show: Show) -> list[Node]:
+    """The machines that members may run on: those of a joined Ray, which takes seconds, or this one.
+
+    Raises:
+        ConfigError: the Ray cannot be joined, or one of its nodes does not answer.
+    """
     address = config.cluster.ray_address
     if config.cluster.launcher != "ray" or address in (None, "local"):
         return [Node.alone(await asyncio.to_thread(machine_facts))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import DoesNotFit
@@ -22,6 +23,7 @@ class MemoryFacts:
     process_bytes: int = 0  # the interpreter and its libraries
     activation_bytes: int = 0  # intermediate values of the largest step
     state_bytes: int = 0  # recurrent states
+    device_bytes: int | None = None  # of the whole device, of which others may have shares too; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,36 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
         f"{limit}"
     )
     if num_blocks < 1:
-        raise DoesNotFit(
-            f"no KV block fits: {arithmetic}. Use a smaller model or dtype, fewer workers, a larger "
-            "cache.memory_fraction, less cache.swap_space or cache.ring_bytes, or more cache.tokens"
-            + (", or less step.max_num_seqs or cache.state_snapshots" if facts.state_bytes else "")
-        )
+        raise DoesNotFit(f"no KV block fits: {arithmetic}. {_remedy(facts, left, fraction, block_bytes)}")
     return PoolSize(num_blocks, block_tokens, num_blocks * block_bytes, arithmetic, num_swap_blocks)
+
+
+def _remedy(facts: MemoryFacts, left: int, fraction: float, block_bytes: int) -> str:
+    """What can help: nothing that takes memory from terms that are zero, no setting of the cache beside the weights."""
+    is_gpu = facts.swaps_elsewhere
+    ways = ["a smaller model" if is_gpu else "a smaller model or dtype"]
+    if is_gpu:
+        ways.append("a GPU with more memory")
+    if facts.device_bytes is None or facts.memory_bytes < facts.device_bytes:
+        ways.append("fewer workers on a GPU" if is_gpu else "fewer workers")
+    if facts.memory_bytes <= facts.process_bytes + facts.weight_bytes:
+        return f"The weights alone leave nothing, whatever the cache's settings: use {_either(ways)}"
+    if fraction < 1 and left >= block_bytes:
+        ways.append("a larger cache.memory_fraction")
+    if facts.activation_bytes:
+        ways.append("less step.max_num_batched_tokens or step.max_num_seqs")
+    if facts.swap_bytes and not is_gpu:
+        ways.append("less cache.swap_space")
+    if facts.ring_bytes and not is_gpu:
+        ways.append("less cache.ring_bytes")
+    if facts.state_bytes:
+        ways.append("less step.max_num_seqs or cache.state_snapshots")
+    return f"Use {_either(ways)}"
+
+
+def _either(ways: Sequence[str]) -> str:
+    *others, last = ways
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _mib(num_bytes: int) -> str:

@@ -117,9 +117,11 @@ def size_worker(
         # On a CPU the half of the memory that the pool leaves is for them, too.
         activation_bytes=activation_bytes if device == "cuda" else 0,
         state_bytes=states.num_bytes,
+        device_bytes=device_bytes if device == "cuda" else None,
     )
+    given = cache
     pool, cache, more = decided_pool(model.kv_spec, cache, device, facts, step.max_num_seqs * model.max_model_len)
-    context, decision = decided_context(model.max_model_len, wanted, pool)
+    context, decision = decided_context(model.max_model_len, wanted, pool, _ways_to_more(given, facts, pool))
     decisions += [*more, decision]
     return SizedWorker(step, cache, context, pool, decisions, facts.activation_bytes, states.num_states)
 
@@ -176,8 +178,10 @@ def decided_pool(spec: KvSpec, cache: CacheConfig, device: Device, facts: Memory
     return DecidedPool(pool, cache, [Decision("cache.tokens", f"{pool.num_tokens:,}", reason), *decisions])
 
 
-def decided_context(context: int, wanted: int | None, pool: PoolSize) -> tuple[int, Decision]:
+def decided_context(context: int, wanted: int | None, pool: PoolSize, ways: str) -> tuple[int, Decision]:
     """Longest prompt with its answer, in tokens: `wanted`, or the checkpoint's `context` as far as the pool holds it.
+
+    `ways`: to a larger pool, as text.
 
     Raises:
         DoesNotFit: `wanted` does not fit the pool.
@@ -186,8 +190,7 @@ def decided_context(context: int, wanted: int | None, pool: PoolSize) -> tuple[i
     if wanted is not None and wanted > pool.num_tokens:
         raise DoesNotFit(
             f"{name} is {wanted:,}, and a worker's pool holds {pool.num_tokens:,} tokens: {pool.arithmetic}. Ask for "
-            "less, leave it out to get what fits, or give the pool more: fewer workers, a larger cache.memory_fraction "
-            "or cache.tokens, a smaller model or dtype"
+            f"less, leave it out to get what fits, or give the pool more: {ways}"
         )
     if wanted is not None:
         return wanted, Decision(name, f"{wanted:,}", "as given")
@@ -195,6 +198,17 @@ def decided_context(context: int, wanted: int | None, pool: PoolSize) -> tuple[i
         return context, Decision(name, f"{context:,}", "what the checkpoint was made for")
     reason = f"the checkpoint was made for {context:,}; a worker's pool holds no more"
     return pool.num_tokens, Decision(name, f"{pool.num_tokens:,}", reason)
+
+
+def _ways_to_more(given: CacheConfig, facts: MemoryFacts, pool: PoolSize) -> str:
+    """Changes that would make this pool larger: `cache.tokens` where it is the bound, else those of memory."""
+    if given.tokens is not None and pool.num_tokens >= given.tokens - given.tokens % given.block_size:
+        return "a larger cache.tokens"
+    is_gpu = facts.device_bytes is not None
+    ways = ["a GPU with more memory"] if is_gpu else []
+    if facts.device_bytes is None or facts.memory_bytes < facts.device_bytes:
+        ways.append("fewer workers on a GPU" if is_gpu else "fewer workers")
+    return ", ".join([*ways, "a larger cache.memory_fraction", f"a smaller model{'' if is_gpu else ' or dtype'}"])
 
 
 def decided_router(
@@ -217,7 +231,10 @@ def decided_patience(cluster: S, weight_bytes: int, num_workers: int) -> tuple[S
     least_s: float = cluster.__class__.model_fields["ready_timeout_s"].default
     load_s = weight_bytes * num_workers / LOADED_BYTES_PER_S
     weights = f"{num_workers} × {weight_bytes / 2**20:,.0f} MiB of weights"
-    reason = f"{least_s:g} s, and {weights} at {LOADED_BYTES_PER_S >> 20} MiB/s"
+    reason = (
+        f"a limit, not an estimate: {least_s:g} s, and {weights} at {LOADED_BYTES_PER_S >> 20} MiB/s, as if all read "
+        "one slow disk in turn"
+    )
     return _decide("cluster", cluster, {"ready_timeout_s": float(round(least_s + load_s))}, {"ready_timeout_s": reason})
 
 

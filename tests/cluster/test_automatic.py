@@ -11,10 +11,11 @@ from support.checkpoints.gguf_files import write_gguf
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app
-from twostroke.cli.serve import show_plan
+from twostroke.cli.plans import show_plan
 from twostroke.cluster.config import load_config
 from twostroke.cluster.launch.launcher import Site, worker_settings
 from twostroke.cluster.model_facts import model_facts
+from twostroke.cluster.nodes import Node
 from twostroke.cluster.placement import ModelFacts, Plan, ProcessPlan, bytes_beside_workers, place
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
@@ -226,7 +227,8 @@ def test_the_plan_says_each_value_its_reason_and_how_to_change_it():
     model = replace(SMALL, remarks=("something else is read",), sampling="temperature 0.6")
     config = load_config(flags=ONE)
     console = Console(record=True, width=200)
-    show_plan(config, place(config, replace(LAPTOP, cores_reason="4 of them asleep"), model), console)
+    machine = replace(LAPTOP, cores_reason="4 of them asleep")
+    show_plan(config, place(config, machine, model), console, [Node.alone(machine)])
     text = console.export_text()
     for words in (
         "step.max_num_seqs (--max-num-seqs)",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.checkpoints.quantised_checkpoints import as_fp8
 from typer.testing import CliRunner
 
 from twostroke.checkpoint.activations import step_bytes
@@ -14,10 +17,12 @@ from twostroke.checkpoint.config_json import load_spec
 from twostroke.cli.main import app
 from twostroke.cluster.catalogue import CONTEXT_BYTES, GPU_BY_NAME, gpu_of, parse_machine
 from twostroke.cluster.config import load_config
-from twostroke.cluster.fit import fits, machine_of
+from twostroke.cluster.fit import fits, kinds_that_hold, nodes_of
 from twostroke.cluster.launch.launcher import Site, worker_settings
 from twostroke.cluster.model_facts import model_facts, needs_by_ranks
+from twostroke.cluster.nodes import Node
 from twostroke.cluster.placement import ProcessPlan, place
+from twostroke.cluster.prepare import plan_on
 from twostroke.core.errors import ConfigError, DoesNotFit
 from twostroke.core.request import Role
 from twostroke.kv.sizing import MemoryFacts, size_pool
@@ -103,10 +108,13 @@ def test_names_the_nearest_of_what_it_does_not_know(text: str, words: str):
 
 
 def test_gpus_of_several_nodes_are_named_by_their_node():
-    assert [parse_machine("2x2xL4").name_of(index) for index in range(4)] == [
-        *("node 0 GPU 0", "node 0 GPU 1", "node 1 GPU 0", "node 1 GPU 1")
+    pair = nodes_of(parse_machine("2x2xL4"))
+    assert [(node.name, node.address, node.is_here, len(node.machine.gpu_bytes)) for node in pair] == [
+        ("node 0", "node 0", True, 2),
+        ("node 1", "node 1", False, 2),
     ]
-    assert parse_machine("4xL4").name_of(3) == "GPU 3"
+    (alone,) = nodes_of(parse_machine("4xL4"))
+    assert (alone.name, alone.is_here, len(alone.machine.gpu_bytes)) == ("", True, 4)
 
 
 def test_each_entry_of_the_catalogue_is_plausible_and_has_a_source():
@@ -187,14 +195,14 @@ def test_the_plan_for_a_machine_that_is_not_here_is_that_of_one_that_is(family_d
     """Dry run, plan and worker add up the same."""
     path, shape = family_directory("qwen3"), parse_machine("2xL4")
     config = load_config(flags={"model.path": str(path)})
-    plan = place(config, machine_of(shape), model_facts(config, shape.num_gpus))
+    plan = plan_on(config, nodes_of(shape))
     assert [(member.device, member.gpu) for member in plan.workers] == [("cuda", 0), ("cuda", 1)]
     assert plan.spare_gpus == ()
     (one, *_) = fits(needs_by_ranks(config, 1), config, shape.gpu)
     assert plan.pool.num_tokens == one.num_tokens
     assert plan.pool.arithmetic == one.arithmetic
     assert "activations" in one.arithmetic
-    spare = place(config, machine_of(parse_machine("4xL4")), model_facts(config, 4))
+    spare = plan_on(config, nodes_of(parse_machine("4xL4")))
     assert spare.spare_gpus == (2, 3)
 
 
@@ -214,13 +222,74 @@ def test_a_dry_run_shows_what_a_machine_holds(large: Path):
 def test_a_dry_run_refuses_with_the_arithmetic_what_does_not_fit(large: Path):
     code, shown = dry_run("--model", str(large), "--machine", "2x8xH100")
     assert code != 0
-    assert shown.count("no KV block fits: memory 80,959 MiB − weights 134,571 MiB − activations 2,232 MiB") == 2
+    assert shown.count("no KV block fits: memory 80,959 MiB − weights 134,571 MiB − activations 2,232 MiB") == 1
+    told = (
+        "The weights alone leave nothing, whatever the cache's settings: use a smaller model or a GPU with more memory"
+    )
+    assert told in shown
+    assert "fewer workers" not in shown
+    assert "cache.tokens" not in shown
     assert "2 nodes of 8 × H100-SXM" in shown
-    assert "a worker fits 2 GPUs of this kind; this release runs workers of one GPU" in shown
+    assert "a worker would need 2 GPUs of this kind, and this release runs workers of one GPU" in shown
+    assert "One GPU of these holds it: H200, B200, MI300X" in shown
     assert "129,136" in shown
+    assert shown.count("no: one GPU per worker") == 3
+    assert "int8" not in shown
+    code, rounded = dry_run("--model", str(large), "--machine", "2x8xH100", "--quantization", "int8")
+    assert code != 0
+    assert rounded.count("model.quantization int8 saves no memory on a GPU") == 1
     code, shown = dry_run("--model", str(large), "--machine", "4xL4")
     assert code != 0
     assert "a worker does not fit 4 GPUs, the most of a node that its heads can be split over" in shown
+
+
+def test_a_plan_of_several_nodes_is_that_of_a_start_on_them(family_directory: Callable[[str], Path]):
+    """Roles are spread as on the nodes of a joined Ray: both on each node."""
+    model = str(family_directory("qwen3"))
+    code, shown = dry_run("--model", model, "--machine", "2x4xH100", "--prefill", "2", "--decode", "2")
+    assert code == 0, shown
+    places = re.findall(r"(prefill-\d|decode-\d) │ \w+ │ 1 │ \d+ │ (node \d GPU \d)", shown)
+    config = load_config(flags={"model.path": model, "cluster.prefill": 2, "cluster.decode": 2})
+    nodes = [
+        Node(f"id-{number}", f"10.0.0.{number}", MachineFacts(32, 256 << 30, (80 << 30,) * 4), is_here=number == 0)
+        for number in range(2)
+    ]
+    real = plan_on(config, nodes)
+    assert places == [(m.name, f"node {m.node.removeprefix('id-')} GPU {m.gpu}") for m in real.workers]
+    assert {where[:6] for name, where in places if name.startswith("prefill")} == {"node 0", "node 1"}
+    assert "4 GPUs have no worker" in shown
+    assert "give the address of a Ray on all of them: --ray-address" in shown
+    assert "without the Ray that is joined" in shown
+    assert "a Ray that is started for them" not in shown
+    assert "free now" not in shown
+    assert "a limit, not an estimate: 120 s, and 4 ×" in shown
+    code, shown = dry_run("--model", model, "--machine", "2x4xH100", "--ray-address", "10.0.0.1:6379")
+    assert code == 0, shown
+    assert "without the Ray that is joined" in shown
+    assert "give the address" not in shown
+    code, shown = dry_run("--model", model, "--machine", "4xH100")
+    assert "a Ray that is started for them" in shown
+    assert "node 0" not in shown
+    code, shown = dry_run("--model", model, "--machine", "2x4xH100", "--launcher", "process")
+    assert code != 0
+    assert "--machine names 2 nodes, and the launcher process starts workers on one" in shown
+
+
+def test_the_gpus_that_hold_a_model_are_named_from_small_to_large(large: Path, tmp_path: Path):
+    config = load_config(flags={"model.path": str(large)})
+    needs = needs_by_ranks(config, 1)[1]
+    assert kinds_that_hold(needs, config) == ["H200", "B200", "MI300X"]
+    assert kinds_that_hold(replace(needs, weight_bytes=400 << 30), config) == []
+
+
+def test_rounding_and_decoding_are_noted_where_they_save_nothing(tmp_path: Path, family_directory: Callable[..., Path]):
+    as_fp8(family_directory("qwen3"), tmp_path / "fp8", tmp_path / "floats")
+    gpu, cpu = (model_facts(load_config(flags={"model.path": str(tmp_path / "fp8")}), num) for num in (1, 0))
+    assert [word for word in gpu.remarks if "decoded to" in word]
+    assert not [word for word in cpu.remarks if "decoded to" in word]
+    rounded = load_config(flags={"model.path": str(family_directory("qwen3")), "model.quantization": "int8"})
+    assert "saves no memory on a GPU" in " ".join(model_facts(rounded, 1).remarks)
+    assert model_facts(rounded, 0).remarks == ()
 
 
 @pytest.mark.parametrize(

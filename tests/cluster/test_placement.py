@@ -1,5 +1,8 @@
 """What a configuration means on a machine, and what cannot fit."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from twostroke.cluster.config import load_config
@@ -111,6 +114,68 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(memory_bytes: int):
     assert "66,048 bytes/token" in str(caught.value)
 
 
+GIB = 1 << 30
+ON_GPU: dict[str, Any] = {"swaps_elsewhere": True, "device_bytes": 20 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("facts", "remedy"),
+    [
+        (MemoryFacts(8 * GIB, 16 * GIB), "settings: use a smaller model or dtype or fewer workers"),
+        (
+            MemoryFacts(20 * GIB, 40 * GIB, 5 * GIB, **ON_GPU, activation_bytes=GIB),
+            "settings: use a smaller model or a GPU with more memory",
+        ),
+        (
+            MemoryFacts(10 * GIB, 16 * GIB, **ON_GPU),
+            "settings: use a smaller model, a GPU with more memory or fewer workers on a GPU",
+        ),
+        (
+            MemoryFacts(20 * GIB, 19 * GIB, **ON_GPU, activation_bytes=GIB),
+            "Use a smaller model, a GPU with more memory or less step.max_num_batched_tokens or step.max_num_seqs",
+        ),
+        (
+            MemoryFacts(20 * GIB, 16 * GIB, 4 * GIB, ring_bytes=GIB, state_bytes=GIB),
+            "Use a smaller model or dtype, fewer workers, less cache.swap_space, less cache.ring_bytes or "
+            "less step.max_num_seqs or cache.state_snapshots",
+        ),
+        (MemoryFacts(16 * GIB + (1 << 21), 16 * GIB), "fewer workers or a larger cache.memory_fraction"),
+    ],
+)
+def test_only_remedies_that_can_help_are_named(facts: MemoryFacts, remedy: str):
+    with pytest.raises(DoesNotFit) as caught:
+        size_pool(SPEC, 16, 65536, 0.4, facts)
+    assert str(caught.value).endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "ways"),
+    [
+        (MachineFacts(8, 200 * GIB), {"cache.tokens": 1024}, "a larger cache.tokens"),
+        (
+            MachineFacts(8, 64 * GIB, (20 * GIB,) * 2),
+            {},
+            "a GPU with more memory, a larger cache.memory_fraction, a smaller model",
+        ),
+        (
+            MachineFacts(8, 64 * GIB, (40 * GIB,)),
+            {},
+            "a GPU with more memory, fewer workers on a GPU, a larger cache.memory_fraction, a smaller model",
+        ),
+        (
+            MachineFacts(8, 44 * GIB),
+            {"cache.tokens": 65536},
+            "fewer workers, a larger cache.memory_fraction, a smaller model or dtype",
+        ),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused_with_what_can_help(machine: MachineFacts, flags: dict, ways: str):
+    config = load_config(flags={"model.max_model_len": 65536, "cluster.prefill": 1, "cluster.decode": 1} | flags)
+    with pytest.raises(DoesNotFit) as caught:
+        place(config, machine, replace(MODEL, max_model_len=65536, asked_max_model_len=65536))
+    assert str(caught.value).endswith(f"give the pool more: {ways}")
+
+
 def test_swap_space_is_taken_from_the_same_memory_and_counted_in_blocks():
     block_bytes = SPEC.bytes_per_token * 16
     config = load_config(flags={"cluster.prefill": 0, "cluster.decode": 1, "cache.swap_space": 2, "cache.tokens": None})
@@ -161,5 +226,8 @@ def test_a_role_may_have_ranks_of_its_own_where_bits_may_differ():
 
 def test_gpus_have_one_rank_each():
     config = load_config(flags={"cluster.tensor_parallel_size": 2})
-    with pytest.raises(ConfigError, match="must be 1 on GPUs"):
+    with pytest.raises(
+        ConfigError,
+        match="GPUs have one in this release",
+    ):
         place(config, MachineFacts(8, 8 << 30, (80 << 30,)), MODEL)
