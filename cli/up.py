@@ -25,6 +25,7 @@ from ..cluster.operations.control import command
 from ..cluster.operations.run_folder import LOG_NAME, RunFolder
 from ..core.errors import ConfigError, TwostrokeError, Unavailable
 from ..core.ports import free_ports
+from .plans import DryRun, Machine, shows_plan
 
 POLL_S = 0.2
 ASK_S = 5.0
@@ -33,7 +34,7 @@ END_S = 10.0  # for a start that is given up
 
 
 @o.starts_a_cluster
-def up(settings: Config) -> None:
+def up(settings: Config, dry_run: DryRun = False, machine: Machine = None) -> None:
     """Start a cluster on this machine and return when it serves; `twostroke down` ends it.
 
     One cluster runs per gRPC port. Its folder
@@ -42,6 +43,8 @@ def up(settings: Config) -> None:
     Its members outlive the process that supervises them: if that is killed, they serve on, and `up` with the same
     settings supervises them again and starts those that have died. (Not so on a Ray that is started for them.)
     """
+    if shows_plan(settings, dry_run=dry_run, machine=machine):
+        return
     settings = _with_fixed_ports(settings)
     folder = RunFolder(settings.router.grpc_port)
     if folder.is_held:

@@ -292,6 +292,16 @@ def test_rounding_and_decoding_are_noted_where_they_save_nothing(tmp_path: Path,
     assert model_facts(rounded, 0).remarks == ()
 
 
+def test_up_plans_as_serve_does(large: Path):
+    words = ["--dry-run", "--model", str(large), "--machine", "8xB200"]
+    first, second = (CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, *words]) for command in ("serve", "up"))
+    assert first.exit_code == second.exit_code == 0
+    assert first.output == second.output
+    assert "prefill-0" in second.output
+    refused = CliRunner().invoke(app, ["up", "--machine", "8xH100"])
+    assert "give --dry-run with it" in str(refused.exception) + refused.output
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
