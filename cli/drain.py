@@ -15,7 +15,7 @@ from ..cluster.operations.operator import Operator
 from ..cluster.operations.standins import check_stand_in
 from ..core.errors import InvalidRequest, TwostrokeError
 from ..core.request import Role
-from .processes import check_key
+from .processes import check_operators_key
 from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 from .supervised import refuse_without_supervisor, running_folder_of
 
@@ -49,7 +49,7 @@ def drain(
     else:
         refuse_without_supervisor(grpc)
         settings = o.config_from({"config": config})
-        check_key(settings)
+        check_operators_key(settings)
         tls = tls_of(tls_ca)
         with Client(
             grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0

@@ -245,4 +245,9 @@ def settings_remarks(config: Config) -> list[str]:
             f"note: whoever reaches {config.router.host} may use this, for there are no router.api_keys "
             "(TWOSTROKE__ROUTER__API_KEYS)"
         )
+    if "key" not in config.cluster.model_fields_set:
+        remarks.append(
+            "note: no cluster.key is given, so the cluster makes one that no command knows: `twostroke role`, "
+            "and `drain` from another machine, need a start with TWOSTROKE__CLUSTER__KEY set"
+        )
     return remarks

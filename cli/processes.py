@@ -190,6 +190,17 @@ def planner(
     run_planner(settings, place, tuple(router or ()), sources)
 
 
+def check_operators_key(settings: Config) -> None:
+    """Require the key of a cluster that runs, for a command that proves it to the workers."""
+    if "key" not in settings.cluster.model_fields_set:
+        raise ConfigError(
+            "cluster.key is not set, and this command proves to the worker that it has the cluster's: set "
+            "TWOSTROKE__CLUSTER__KEY to the secret that the cluster was started with. A cluster that was started "
+            "without one has made its own, which nobody else knows: start it again with TWOSTROKE__CLUSTER__KEY set, "
+            "to 16 characters or more"
+        )
+
+
 def check_key(settings: Config) -> None:
     """Require a configured cluster key: with different keys, processes would treat each other's blocks as damaged."""
     if "key" not in settings.cluster.model_fields_set:

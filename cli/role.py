@@ -12,7 +12,7 @@ from ..client.client import Client
 from ..cluster.operations.operator import Operator
 from ..cluster.operations.standins import check_stand_in
 from ..core.request import Role
-from .processes import check_key
+from .processes import check_operators_key
 from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 
 
@@ -30,10 +30,10 @@ def role(
 ) -> None:
     """Change a worker's role; what it runs goes on, and the routers follow at once. `serve` restarts it with this role.
 
-    The cluster's key is TWOSTROKE__CLUSTER__KEY: start `serve` with one to change roles by hand.
+    The cluster's key is TWOSTROKE__CLUSTER__KEY: only a cluster that was started with one changes roles by hand.
     """
     settings = o.config_from({"config": config})
-    check_key(settings)
+    check_operators_key(settings)
     tls = tls_of(tls_ca)
     with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0) as client:
         workers = client.cluster()["workers"]

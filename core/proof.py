@@ -113,7 +113,9 @@ class Verifier:
             raise ProofRefused(Fault.MISSING, f"the call has no proof of the cluster's key; {_REMEDY}")
         claim, proof = _parsed(method, header)
         if not hmac.compare_digest(sign(self._key, claim, Direction.CALL), proof):
-            raise ProofRefused(Fault.KEY, f"the cluster's key differs; {_REMEDY}")
+            raise ProofRefused(
+                Fault.KEY, f"the cluster's key differs; {_REMEDY}, and start a cluster without one again with it"
+            )
         if self.audience is not None and claim.audience != self.audience:
             raise ProofRefused(Fault.AUDIENCE, f"the call is meant for {claim.audience}, and this is {self.audience}")
         self._check_age(claim, now_ms)

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from twostroke.cli.main import app
+from twostroke.cli.plans import settings_remarks
 from twostroke.cli.role import _address
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.config import Config, load_config
@@ -149,6 +150,21 @@ async def test_what_is_no_worker_or_would_leave_nobody_to_decode_is_refused(tiny
             assert json.dumps(await client.cluster())
     finally:
         await supervisor.stop()
+
+
+@pytest.mark.parametrize("words", [["role", "decode-0", "prefill"], ["drain", "decode-0", "--grpc", "127.0.0.1:1"]])
+def test_without_the_clusters_key_a_command_says_that_the_start_must_have_had_one(words: list[str]) -> None:
+    result = CliRunner(env={"TWOSTROKE__CLUSTER__KEY": None}).invoke(app, words)
+    assert result.exit_code != 0
+    assert "A cluster that was started without one has made its own" in str(result.exception)
+    assert "start it again with TWOSTROKE__CLUSTER__KEY set" in str(result.exception)
+
+
+def test_a_start_without_a_key_says_once_what_needs_one() -> None:
+    (remark,) = settings_remarks(load_config())
+    assert "`twostroke role`" in remark
+    assert "TWOSTROKE__CLUSTER__KEY" in remark
+    assert settings_remarks(load_config(environment={"TWOSTROKE__CLUSTER__KEY": "k" * 16})) == []
 
 
 @pytest.mark.parametrize("state", ["joining", "suspect", "draining", "live"])
