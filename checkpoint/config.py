@@ -59,7 +59,9 @@ class ModelConfig(Section):
     name: str | None = Field(None, description="what clients call it; default: the directory's or file's name")
     dtype: DTypeChoice = Field("auto", description="auto = the checkpoint's")
     quantization: Literal["none", "int8"] = Field(
-        "none", description="int8: 8-bit weights, rounded while loading; on a CPU what meets them is rounded too"
+        "none",
+        description="int8: 8-bit weights, rounded while loading; on a CPU what meets them is rounded too, on a GPU "
+        "no memory is saved",
     )
     kernels: KernelsChoice = Field(
         "auto", description="on a CPU; native: built on first use, by the machine's C++ compiler; auto: torch without"

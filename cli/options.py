@@ -71,7 +71,9 @@ Model = Annotated[str | None, typer.Option(help="Directory, GGUF file or hub nam
 Checkpoint = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call the model.")]
 DType = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32; auto is the checkpoint's dtype.")]
-Quantization = Annotated[str | None, typer.Option(help="none or int8: 8-bit weights, rounded while loading.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="none or int8: 8-bit weights, rounded while loading. Saves no memory on a GPU.")
+]
 Kernels = Annotated[
     str | None,
     typer.Option(help="On a CPU: auto, native (needs a C++ compiler once) or torch. auto is native where it can be."),
@@ -133,7 +135,9 @@ Prefill = Annotated[int | None, typer.Option(help="Prefill workers. 0: combined 
 Decode = Annotated[int | None, typer.Option(help="Decode workers.")]
 TensorParallelSize = Annotated[
     int | None,
-    typer.Option("--tensor-parallel-size", "-tp", help="Ranks per worker: processes that split one model. Default: 1."),
+    typer.Option(
+        "--tensor-parallel-size", "-tp", help="Ranks per worker: processes that split one model, on CPUs. Default: 1."
+    ),
 ]
 PrefillTp = Annotated[int | None, typer.Option(help="The same for prefill workers alone.")]
 DecodeTp = Annotated[int | None, typer.Option(help="The same for decode workers alone.")]

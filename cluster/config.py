@@ -44,14 +44,21 @@ class ClusterConfig(Section):
     prefill: int = Field(1, ge=0, le=64, description="prefill workers; 0: combined workers, no disaggregation")
     decode: int = Field(1, ge=1, le=64, description="decode workers (combined ones when prefill is 0)")
     tensor_parallel_size: int = Field(
-        1, ge=1, le=64, description="ranks of each worker: processes that share one model's layers by heads and columns"
+        1,
+        ge=1,
+        le=64,
+        description="ranks of each worker: processes that share one model's layers by heads and columns; 1 on GPUs",
     )
     prefill_tp: int | None = Field(None, ge=1, le=64, description="ranks of a prefill worker; none: as the others")
     decode_tp: int | None = Field(None, ge=1, le=64, description="ranks of a decode worker; none: as the others")
     routers: int = Field(
         1, ge=1, le=MAX_ROUTERS, description="routers on this machine; several share router.port and grpc_port"
     )
-    launcher: Literal["ray", "process", "inprocess"] = "ray"
+    launcher: Literal["ray", "process", "inprocess"] = Field(
+        "ray",
+        description="who starts the members: Ray, which may span machines; process: this machine's processes, without "
+        "Ray; inprocess: threads of one process, for tests",
+    )
     key: str = Field(
         default_factory=lambda: secrets.token_hex(16),
         min_length=16,

@@ -17,6 +17,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
 
 
+def as_word(value: Any) -> Any:
+    """The words "on" and "off" where YAML has made a truth value of them: for settings that have other words, too."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 S = TypeVar("S", bound=Section)
 
 MOST_ECHOED = 200  # characters of a wrong value

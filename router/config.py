@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from ..core.config import Section
+from ..core.config import Section, as_word
 from ..core.errors import ConfigError
 from ..text.parsing.parsers import AUTO, parsers_of
 from ..text.templates.given import chat_template_of
@@ -79,7 +79,7 @@ class RouterConfig(Section):
     operator_key: str | None = Field(
         None, repr=False, description="digest of a key for whoever manages the cluster; `serve` makes one"
     )
-    max_body_bytes: int = Field(4 << 20, ge=1024)
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="of one message; a larger one is refused")
     max_bodies_bytes: int = Field(
         24 << 20,
         ge=1024,
@@ -131,7 +131,7 @@ class RouterConfig(Section):
         ge=0,
         description="how long a request waits for a lost decode worker that no other replaces",
     )
-    kv_journal: Literal["off", "buddy"] = Field(
+    kv_journal: Annotated[Literal["off", "buddy"], BeforeValidator(as_word)] = Field(
         "off",
         description="buddy: another worker keeps a copy of each stream's KV, which need not be computed again if its "
         "decode worker is lost",

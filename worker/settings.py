@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..checkpoint.config import ModelConfig
-from ..core.config import Section
+from ..core.config import Section, as_word
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import Role
 from ..core.tls.config import TlsConfig
 from ..engine.config import SpeculationConfig, StepConfig
 from ..kv.config import CacheConfig
 
-GpuHealth = Literal["auto", "on", "off"]
+GpuHealth = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
 """Whether a worker watches its GPU through NVML. auto: if it computes on one; on: also beside a model on the CPU."""
 
 
