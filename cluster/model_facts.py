@@ -47,7 +47,7 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
         state_bytes=most.state_bytes,
         max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
-        remarks=(*model.spec.remarks, *_gpu_remarks(model, config)),
+        remarks=(*model.spec.remarks, *_gpu_remarks(model)),
         sampling=_sampling(model) if config.model.generation_config == "auto" else "",
         draft_directory="" if draft is None else str(draft.directory),
         draft="" if draft is None else _told(draft),
@@ -55,8 +55,8 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
     )
 
 
-def _gpu_remarks(model: ResolvedModel, config: Config) -> list[str]:
-    """What a user of quantised weights may not expect of a GPU: they take what floats take."""
+def _gpu_remarks(model: ResolvedModel) -> list[str]:
+    """Notes on quantised weights, which take as much memory on a GPU as floats."""
     if model.device == "cpu":
         return []
     remarks = []
@@ -82,11 +82,13 @@ def _is_quantised(model: ResolvedModel) -> bool:
 def needs_by_ranks(config: Config, most: int) -> dict[int, MemoryNeeds]:
     """Needs of a worker on GPUs, of all its ranks together, for every number of ranks up to `most` that can split it.
 
+    With adapters, of one rank alone: they are served on one.
+
     Raises:
         CheckpointError, ConfigError: as `model_facts`.
     """
     model = _resolved(config, most)
-    sizes = [size for size in group_sizes(model.spec) if size <= most]
+    sizes = [size for size in group_sizes(model.spec) if size <= (1 if config.model.serves_adapters else most)]
     draft = _draft(config, model)
     return {size: needs_of_ranks(model, config.model, size, draft if size == 1 else None) for size in sizes}
 

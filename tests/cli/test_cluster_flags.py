@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from twostroke.cli.main import app
 
-OF_SERVE_ALONE = {"dry_run", "machine", "detached"}
+OF_SERVE_ALONE = {"detached"}
 
 
 def said(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -282,6 +282,13 @@ def test_the_gpus_that_hold_a_model_are_named_from_small_to_large(large: Path, t
     assert kinds_that_hold(replace(needs, weight_bytes=400 << 30), config) == []
 
 
+def test_a_worker_with_adapters_has_one_rank(large: Path):
+    code, shown = dry_run("--model", str(large), "--machine", "8xB200", "--enable-lora")
+    assert code == 0, shown
+    assert "no: one GPU per worker" not in shown
+    assert "a worker fits 1 GPU of this kind" in shown
+
+
 def test_rounding_and_decoding_are_noted_where_they_save_nothing(tmp_path: Path, family_directory: Callable[..., Path]):
     as_fp8(family_directory("qwen3"), tmp_path / "fp8", tmp_path / "floats")
     gpu, cpu = (model_facts(load_config(flags={"model.path": str(tmp_path / "fp8")}), num) for num in (1, 0))
