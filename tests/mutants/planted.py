@@ -21,6 +21,7 @@ import planted_pairs
 import planted_responses
 import planted_router
 import planted_scaling
+import planted_sizes
 import planted_speculation
 import planted_states
 import planted_windows
@@ -82,6 +83,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/cache/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "kv/block": ("tests/kv/test_identities.py",),
     "kv/keys": ("tests/kv/test_identities.py", "tests/core/test_proof.py"),
+    "kv/sizing": ("tests/cluster/test_placement.py",),
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
     **dict.fromkeys(
@@ -271,6 +273,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/cluster/kubernetes/test_arm.py",
     ),
     "cluster/devices": ("tests/cluster/test_devices.py",),
+    "cluster/fit": ("tests/cluster/test_fit.py",),
+    "worker/automatic": ("tests/cluster/test_placement.py",),
     "cluster/planner/": ("tests/cluster/planner/test_law.py",),
     "cluster/operations/room": ("tests/cluster/operations/test_room.py",),
     "cluster/operations/rolling": ("tests/cluster/operations/test_rolling.py",),
@@ -310,6 +314,7 @@ MUTANTS = [
     *planted_doors.MUTANTS,
     *planted_responses.MUTANTS,
     *planted_gpu.MUTANTS,
+    *planted_sizes.MUTANTS,
     *planted_certificates.MUTANTS,
     *planted_scaling.MUTANTS,
     *planted_adoption.MUTANTS,
