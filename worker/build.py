@@ -226,7 +226,7 @@ def _model_facts(settings: WorkerSettings, model: ResolvedModel) -> ModelFacts:
     )
 
 
-def _sized(settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None) -> SizedWorker:
+def _sized(settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None = None) -> SizedWorker:
     """What fits this device. In a cluster the plan has decided most of it before, and sends that as settings."""
     machine = machine_facts()
     available = machine.memory_bytes if model.device == "cpu" else machine.gpu_bytes[settings.gpu]
