@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import ConfigError
-from ..kv.spec import CODEC_NAMES
+from ..kv.spec import codec_ids, pair_name
 from .config import DTypeChoice, Kernels, ModelConfig
 from .int4 import int4_matrices
 from .layout import EMBEDDING, weight_bytes
@@ -40,9 +40,10 @@ def compute_dtype(spec: ModelSpec, wanted: DTypeChoice) -> DType:
 
 
 def cache_codec(wanted: str) -> str:
-    """Codec of the KV cache. `auto` is FP8."""
-    codec = "fp8" if wanted == "auto" else wanted
-    assert codec in CODEC_NAMES
+    """Codec of the KV cache, of keys and values, in `kv.spec.pair_name`. `auto` is FP8."""
+    keys, _, values = wanted.partition("/")
+    codec = pair_name(keys, values or keys)
+    assert codec_ids(codec)
     return codec
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..kv.spec import CODEC_NAMES, KvSpec, StateSpec, attention_spec, mla_spec
+from ..kv.spec import KvSpec, StateSpec, attention_spec, codec_ids, mla_spec
 from ..kv.windows import windowed_layers
 
 DType = Literal["bfloat16", "float32"]
@@ -218,10 +218,11 @@ class ModelSpec:
         return any(rope.scaling is not None and rope.scaling.depends_on_length for rope in self.ropes)
 
     def kv_spec(self, codec: str) -> KvSpec:
-        """Layout of one token in the KV cache. `codec`: a value of `--kv-cache-dtype` other than auto."""
-        shape, codec_id = self.attention, CODEC_NAMES[codec]
+        """Layout of one token in the KV cache. `codec`: a name in `kv.spec.pair_name`."""
+        shape, (codec_id, value_codec) = self.attention, codec_ids(codec)
         windows = [layer.window for layer in self.layers if layer.mixer == "attention"]
         num_layers, windowed = len(windows), windowed_layers(windows)
         if isinstance(shape, LatentAttention):
             return mla_spec(num_layers, shape.latent_width, shape.rope_width, codec_id).with_windowed(windowed)
-        return attention_spec(num_layers, shape.num_kv_heads, shape.head_dim, codec_id).with_windowed(windowed)
+        spec = attention_spec(num_layers, shape.num_kv_heads, shape.head_dim, codec_id, value_codec)
+        return spec.with_windowed(windowed)

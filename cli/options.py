@@ -30,6 +30,8 @@ SETTING_BY_FLAG = {
     "max_lora_rank": "model.max_lora_rank",
     "enable_runtime_lora": "router.runtime_lora",
     "kv_cache_dtype": "cache.dtype",
+    "kv_cache_dtype_k": "cache.key_dtype",
+    "kv_cache_dtype_v": "cache.value_dtype",
     "block_size": "cache.block_size",
     "kv_cache_tokens": "cache.tokens",
     "kv_cache_memory_fraction": "cache.memory_fraction",
@@ -80,8 +82,13 @@ Kernels = Annotated[
 ]
 KvCacheDType = Annotated[
     str | None,
-    typer.Option(help="auto, fp8, bfloat16 or float32. Unlike vLLM, auto is FP8, not the model's dtype."),
+    typer.Option(
+        help="auto, fp8, fp8_e5m2, int8, int8_channel, bfloat16 or float32. Unlike vLLM, auto is FP8, not the model's "
+        "dtype."
+    ),
 ]
+KvCacheDTypeK = Annotated[str | None, typer.Option(help="Of the keys, if it is not that of --kv-cache-dtype.")]
+KvCacheDTypeV = Annotated[str | None, typer.Option(help="Of the values, if it is not that of --kv-cache-dtype.")]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Most prompt plus generated tokens. Default: the checkpoint's, as far as it fits."),
@@ -225,6 +232,8 @@ _CLUSTER_FLAGS: dict[str, Any] = {  # in the order of --help
     "quantization": Quantization,
     "kernels": Kernels,
     "kv_cache_dtype": KvCacheDType,
+    "kv_cache_dtype_k": KvCacheDTypeK,
+    "kv_cache_dtype_v": KvCacheDTypeV,
     "block_size": BlockSize,
     "max_model_len": MaxModelLen,
     "generation_config": GenerationConfig,

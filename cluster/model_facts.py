@@ -95,7 +95,7 @@ def needs_by_ranks(config: Config, most: int) -> dict[int, MemoryNeeds]:
 
 def _resolved(config: Config, num_gpus: int | None) -> ResolvedModel:
     kind = chosen_kind(config.model.device, len(gpu_free_bytes()) if num_gpus is None else num_gpus)
-    return resolve(located(config.model.path), config.model, config.cache.dtype, kind)
+    return resolve(located(config.model.path), config.model, config.cache.codec, kind)
 
 
 def _draft(config: Config, model: ResolvedModel) -> ResolvedModel | None:

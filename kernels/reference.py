@@ -4,17 +4,20 @@ Knows only tensors. Arithmetic is float32; results have the dtype of the inputs.
 
 Terms. A physical *block* holds `block_tokens` (16, 32 or 64) tokens of one layer and one component ("k" or "v"). Its
 numbers are in a payload plane `uint8 [num_blocks, heads, block_tokens, row_bytes]` (head-major inside the block, so
-that a range of heads is contiguous) and, for fp8, a scale plane `uint8 [num_blocks, heads, block_tokens]`. A *row* is
-the `width` (head_dim) numbers of one (token, head). A *slot* is `block * block_tokens + offset`.
-The planes determine the codec: with scales fp8; else by row bytes per number, 2 = bf16, 4 = fp32.
+that a range of heads is contiguous) and, where a number has one byte, a scale plane `uint8 [num_blocks, heads,
+block_tokens]`. A *row* is the `width` (head_dim) numbers of one (token, head). A *slot* is `block * block_tokens +
+offset`. Without a `code`, planes with scales are fp8 (e4m3); else row bytes per number decide, 2 = bf16, 4 = fp32.
 
-Attention is in `reference_attention.py`; digests, gather and scatter of stored blocks are in `reference_kv.py`.
+Attention is in `reference_attention.py`; digests, gather and scatter of stored blocks are in `reference_kv.py`; the
+codecs beside e4m3 are in `reference_codecs.py`.
 """
 
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .reference_codecs import ByteCode, NumberCode, byte_numbers, channel_encode, e5m2_encode, int8_encode, power_of_two
 
 MIN_SCALE_BYTE = 11
 MAX_SCALE_BYTE = 246
@@ -28,7 +31,26 @@ class Planes(NamedTuple):
     """The planes of one layer and component of the store, or blocks gathered from it."""
 
     payload: Tensor  # [num_blocks, heads, block_tokens, row_bytes] uint8
-    scales: Tensor | None  # [num_blocks, heads, block_tokens] uint8, fp8 only
+    scales: Tensor | None  # [num_blocks, heads, block_tokens] uint8, where a number has one byte
+    code: NumberCode | None = None
+
+    @property
+    def byte_code(self) -> ByteCode:
+        """Code of planes with scales."""
+        match self.code:
+            case None | "bf16" | "fp32":
+                return "e4m3"
+            case code:
+                return code
+
+    def width_like(self, other: "Planes", width: int) -> int:
+        """Numbers per row; without a code, as many bytes per number as in `other`, whose rows have `width`."""
+        row_bytes = self.payload.shape[-1]
+        if self.scales is not None:
+            return row_bytes
+        if self.code is not None:
+            return row_bytes // (2 if self.code == "bf16" else 4)
+        return row_bytes * width // other.payload.shape[-1]
 
     @property
     def block_tokens(self) -> int:
@@ -163,6 +185,8 @@ def store_kv(k: Tensor, v: Tensor, slots: Tensor, k_planes: Planes, v_planes: Pl
 
 
 def _store(x: Tensor, slots: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
+    if planes.byte_code == "int8_channel":
+        return _store_by_channel(x, slots, planes)
     payload, scales, non_finite = encode_rows(x, planes)
     kept = slots >= 0
     blocks = torch.div(slots[kept], planes.block_tokens, rounding_mode="floor")
@@ -170,17 +194,35 @@ def _store(x: Tensor, slots: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
     planes.payload[blocks, :, offsets] = payload[kept]
     if planes.scales is not None and scales is not None:
         planes.scales[blocks, :, offsets] = scales[kept]
-    raw, scale = decode_rows(Planes(payload, scales), x.shape[-1])
+    raw, scale = decode_rows(Planes(payload, scales, planes.code), x.shape[-1])
     return (raw if scale is None else raw * scale.unsqueeze(-1)).to(x.dtype), non_finite
+
+
+def _store_by_channel(x: Tensor, slots: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
+    kept = slots >= 0
+    blocks = torch.div(slots[kept], planes.block_tokens, rounding_mode="floor")
+    offsets = slots[kept] % planes.block_tokens
+    encoded, exponents = channel_encode(x[kept], blocks, offsets, planes.payload)
+    planes.payload[blocks, :, offsets] = encoded.payload
+    assert planes.scales is not None
+    planes.scales[blocks, :, offsets] = encoded.scales
+    raw = byte_numbers(encoded.payload, "int8") * power_of_two(exponents)
+    rounded, non_finite = torch.zeros_like(x), torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    rounded[kept] = (raw * fp8_scales(encoded.scales).unsqueeze(-1)).to(x.dtype)
+    non_finite[kept] = encoded.non_finite
+    return rounded, non_finite
 
 
 def encode_rows(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tensor]:
     """Encode rows x [..., width] in the codec of `planes`: payload, scales, and a mask of rows that are not finite.
 
-    Rows that are not finite become zeros. fp8 as in `fp8_encode`; bf16 saturates at its largest number.
+    Rows that are not finite become zeros. fp8 as in `fp8_encode`; bf16 saturates at its largest number. Rows of
+    "int8_channel" need their places: `reference_codecs.channel_encode`.
     """
     if planes.scales is not None:
-        return fp8_encode(x)
+        if planes.byte_code == "e5m2":
+            return e5m2_encode(x)
+        return fp8_encode(x) if planes.byte_code == "e4m3" else int8_encode(x)
     non_finite = ~torch.isfinite(x).all(-1)
     numbers = x.float().masked_fill(non_finite.unsqueeze(-1), 0.0)
     if planes.payload.shape[-1] == 2 * x.shape[-1]:
@@ -190,9 +232,12 @@ def encode_rows(x: Tensor, planes: Planes) -> tuple[Tensor, Tensor | None, Tenso
 
 
 def decode_rows(planes: Planes, width: int) -> tuple[Tensor, Tensor | None]:
-    """Payload [..., row_bytes] as float32 [..., width] before scaling, and the float32 scales [...] of fp8 rows."""
+    """Payload [..., row_bytes] as float32 [..., width] before scaling, and the float32 scales [...], if there are some.
+
+    "int8_channel": payload [..., tokens, row_bytes], whole blocks of 16 tokens.
+    """
     if planes.scales is not None:
-        return planes.payload.view(torch.float8_e4m3fn).float(), fp8_scales(planes.scales)
+        return byte_numbers(planes.payload, planes.byte_code), fp8_scales(planes.scales)
     if planes.payload.shape[-1] == 2 * width:
         return planes.payload.view(torch.bfloat16).float(), None
     return planes.payload.view(torch.float32), None

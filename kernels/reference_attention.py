@@ -151,7 +151,7 @@ def _key_tiles(planes: Planes, block_tables: Tensor, contexts: Tensor, longest: 
         ).transpose(2, 3)
         return parts.reshape(len(tables), num_tiles, heads, KEY_TILE, *rest)
 
-    raw = Planes(tiled(planes.payload), None if planes.scales is None else tiled(planes.scales))
+    raw = Planes(tiled(planes.payload), None if planes.scales is None else tiled(planes.scales), planes.code)
     numbers, scales = decode_rows(raw, width)
     return _KeyTiles(
         numbers.masked_fill(beyond.unsqueeze(-1), 0.0), None if scales is None else scales.masked_fill(beyond, 1.0)

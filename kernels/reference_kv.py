@@ -121,7 +121,7 @@ def gather_tokens(store: Planes, block_table: Tensor, tokens: range, heads: rang
     """
     blocks, offsets, head = _where(store, block_table, tokens, heads)
     payload = store.payload[:, blocks, head, offsets]
-    return Planes(payload, None if store.scales is None else store.scales[:, blocks, head, offsets])
+    return Planes(payload, None if store.scales is None else store.scales[:, blocks, head, offsets], store.code)
 
 
 def scatter_tokens(store: Planes, block_table: Tensor, tokens: range, heads: range, source: Planes) -> None:

@@ -7,14 +7,32 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..core.config import Section
+from .spec import pair_name
+
+CodecName = Literal[
+    "auto",
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "int8",
+    "int8_per_token_head",
+    "int8_channel",
+    "bfloat16",
+    "float32",
+]
+ValueCodecName = Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int8_per_token_head", "bfloat16", "float32"]
 
 
 class CacheConfig(Section):
     """Format, block size and capacity of the KV cache, and the frames of its hand-overs."""
 
-    dtype: Literal["auto", "fp8", "bfloat16", "float32"] = Field(
-        "auto", description="auto = FP8 (unlike vLLM, whose auto is the model's dtype)"
+    dtype: CodecName = Field(
+        "auto",
+        description="auto = fp8 = fp8_e4m3 (unlike vLLM, whose auto is the model's dtype); int8: a scale per token and "
+        "head; int8_channel: keys with a scale per channel and block besides, values int8",
     )
+    key_dtype: CodecName | None = Field(None, description="of the keys, if it is not that of dtype")
+    value_dtype: ValueCodecName | None = Field(None, description="of the values, if it is not that of dtype")
     block_size: Literal[16, 32, 64] = Field(16, description="tokens per physical block")
     tokens: int | None = Field(
         None,
@@ -69,6 +87,11 @@ class CacheConfig(Section):
         if self.require_transport and self.transport == "auto":
             raise ValueError("require_transport needs a transport that is not auto: --kv-transport shm")
         return self
+
+    @property
+    def codec(self) -> str:
+        """Name of the codecs of keys and values, as `kv.spec.pair_name` makes it."""
+        return pair_name(self.key_dtype or self.dtype, self.value_dtype or self.dtype)
 
     @property
     def shared_bytes(self) -> int:

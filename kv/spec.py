@@ -8,9 +8,21 @@ from typing import Literal
 
 HASH_BLOCK_TOKENS = 16  # tokens per hash block: the unit of identity and digest, for every physical block size
 
-CODEC_NAMES = {"fp8": 1, "bfloat16": 2, "float32": 3}  # names of --kv-cache-dtype to ids of kv/codec.py
-_CODEC_BYTES = {1: 1, 2: 2, 3: 4}
-_CODEC_SCALE_BYTES = {1: 1, 2: 0, 3: 0}
+CODEC_NAMES = {  # names of --kv-cache-dtype to ids of kv/codec.py
+    "fp8": 1,
+    "bfloat16": 2,
+    "float32": 3,
+    "fp8_e5m2": 4,
+    "int8": 5,
+    "int8_channel": 6,
+}
+CODEC_ALIASES = {"auto": "fp8", "fp8_e4m3": "fp8", "int8_per_token_head": "int8"}
+"""Further names of codecs: those of vLLM and SGLang."""
+
+KEYS_ONLY = "int8_channel"
+"""Codec of keys alone; the values beside them are `int8`."""
+
+_CODEC_BYTES = {2: 2, 3: 4}  # per number; the others have 1, and a scale byte per row
 COMPONENT_NUMBERS = {"k": 0, "v": 1, "latent": 2, "rope": 3}  # part of the places of digests: never reused
 
 
@@ -33,12 +45,12 @@ class Component:
     @property
     def row_bytes(self) -> int:
         """Payload bytes of one (token, head) row."""
-        return self.width * _CODEC_BYTES[self.codec]
+        return self.width * _CODEC_BYTES.get(self.codec, 1)
 
     @property
     def bytes_per_token(self) -> int:
         """Payload and scale bytes of one token in one layer."""
-        return self.heads * (self.row_bytes + _CODEC_SCALE_BYTES[self.codec])
+        return self.heads * (self.row_bytes + (self.codec not in _CODEC_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +165,31 @@ def _of_rank(component: Component, rank: int, size: int) -> Component:
     return replace(component, heads=len(heads), first_head=heads.start, holders=max(1, size // component.heads))
 
 
-def attention_spec(num_layers: int, kv_heads: int, head_dim: int, codec: int) -> KvSpec:
-    """The spec of plain (grouped-query) attention: components "k" and "v"."""
+def pair_name(keys: str, values: str) -> str:
+    """The name of a cache whose keys and values have these codecs: of both, or "keys/values"."""
+    keys, values = CODEC_ALIASES.get(keys, keys), CODEC_ALIASES.get(values, values)
+    if values == KEYS_ONLY:
+        values = "int8"
+    if keys == values or (keys, values) == (KEYS_ONLY, "int8"):
+        return keys
+    return f"{keys}/{values}"
+
+
+def codec_ids(codec: str) -> tuple[int, int]:
+    """Codecs of keys and of values of a cache with this name (`pair_name`)."""
+    keys, _, values = codec.partition("/")
+    return CODEC_NAMES[keys], CODEC_NAMES[values or ("int8" if keys == KEYS_ONLY else keys)]
+
+
+def is_rounded(codec: int) -> bool:
+    """True if rows of this codec have fewer bits than bfloat16. They are never rounded once more, to another such."""
+    return codec not in _CODEC_BYTES
+
+
+def attention_spec(num_layers: int, kv_heads: int, head_dim: int, codec: int, value_codec: int | None = None) -> KvSpec:
+    """The spec of plain (grouped-query) attention: components "k" and "v". `value_codec`: None is that of the keys."""
     k = Component("k", kv_heads, head_dim, codec)
-    v = Component("v", kv_heads, head_dim, codec)
+    v = Component("v", kv_heads, head_dim, codec if value_codec is None else value_codec)
     return KvSpec((LayerGroup("main", num_layers, (k, v)),))
 
 

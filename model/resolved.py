@@ -12,10 +12,10 @@ from ..checkpoint.config import Kernels, ModelConfig
 from ..checkpoint.config_json import load_spec
 from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_bytes
-from ..checkpoint.spec import DType, ModelSpec, Quantization
+from ..checkpoint.spec import DType, LatentAttention, ModelSpec, Quantization
 from ..core.errors import ConfigError
 from ..kernels.cpu.build import find_compiler
-from ..kv.spec import KvSpec
+from ..kv.spec import KvSpec, codec_ids
 from .ops.device import chosen_kernels, refuse_unserved
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -31,7 +31,7 @@ class ResolvedModel:
     kernels: Kernels
     dtype: DType  # of matrix products
     quantization: Quantization
-    codec: str  # of the KV cache: in `kv.spec.CODEC_NAMES`
+    codec: str  # of the KV cache: a name in `kv.spec.pair_name`
     max_model_len: int  # tokens of a prompt with its answer: as configured, or the checkpoint's
     weight_bytes: int  # upper bound of a worker's weights in memory
 
@@ -130,7 +130,7 @@ def refuse_adapters(settings: ModelConfig, num_ranks: int) -> None:
 def resolve(
     directory: Path,
     model: ModelConfig,
-    cache_dtype: str,
+    cache_codec_name: str,
     device: DeviceKind,
     find: Callable[[], object] = find_compiler,
 ) -> ResolvedModel:
@@ -142,9 +142,10 @@ def resolve(
             available, or the device does not serve the model or the cache.
     """
     spec = load_spec(directory)
-    kernels, codec = chosen_kernels(model.kernels, device, find), cache_codec(cache_dtype)
+    kernels, codec = chosen_kernels(model.kernels, device, find), cache_codec(cache_codec_name)
     if device != "cpu":
         refuse_unserved(spec, codec)
+    _refuse_unlike(spec, codec)
     return ResolvedModel(
         directory=directory,
         spec=spec,
@@ -156,3 +157,13 @@ def resolve(
         max_model_len=context_length(spec, model.max_model_len),
         weight_bytes=held_bytes(directory, spec, model, kernels),
     )
+
+
+def _refuse_unlike(spec: ModelSpec, codec: str) -> None:
+    """Refuse unlike codecs of keys and values for a model whose keys and values are one latent vector."""
+    keys, values = codec_ids(codec)
+    if isinstance(spec.attention, LatentAttention) and keys != values:
+        raise ConfigError(
+            f"the cache's codec is {codec!r}, and {spec.architecture} caches one vector for keys and values; give both "
+            "one codec (--kv-cache-dtype int8), and none per channel"
+        )

@@ -89,7 +89,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     kind: DeviceKind = "cpu" if device.type == "cpu" else "cuda"
     refuse_settings(settings, kind)
     directory = Path(settings.model_directory)
-    resolved = resolve(directory, settings.model, settings.cache.dtype, kind, built_library)
+    resolved = resolve(directory, settings.model, settings.cache.codec, kind, built_library)
     refuse_beside_states(resolved.spec, settings.model, settings.cache, settings.speculation)
     if resolved.spec.delta is not None:
         refuse_role(settings.model_name, settings.role)

@@ -11,7 +11,6 @@ from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
 
-from ..checkpoint.sizes import cache_codec
 from ..core import metrics
 from ..core.board import Board, render
 from ..core.discovery.source import AddressSource
@@ -51,7 +50,7 @@ class WorkerMetrics:
             "block_size": facts.block_tokens,
             "num_gpu_blocks": facts.num_blocks,
             "num_cpu_blocks": pool.num_swap_blocks,
-            "cache_dtype": cache_codec(settings.cache.dtype),
+            "cache_dtype": settings.cache.codec,
             "enable_prefix_caching": settings.cache.prefix_caching,
             "gpu_memory_utilization": settings.cache.memory_fraction,
             "swap_space": settings.cache.swap_space,

@@ -75,7 +75,7 @@ def load_rank(order: RankOrder, group: SharedMemoryGroup) -> tuple[Runner, Engin
         CheckpointError, ConfigError, DoesNotFit: as `build_engine` of build.py.
     """
     settings = order.settings
-    model = resolve(Path(settings.model_directory), settings.model, settings.cache.dtype, "cpu", built_library)
+    model = resolve(Path(settings.model_directory), settings.model, settings.cache.codec, "cpu", built_library)
     runner = load_runner(model, rank_options(order), group)
     host = None
     if order.num_swap_blocks:

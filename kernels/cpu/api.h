@@ -8,7 +8,9 @@
 class Threads;  // threads.h
 class Group;    // group.h
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4, INT4 = 5, FLOAT16 = 6 };
+// INT8, FP8 (e4m3), E5M2 and CHANNEL are also codecs of the cache, with one scale byte per row. CHANNEL: INT8 keys whose channels
+// were divided by powers of two, which the first row of their sixteen decides (kernels/reference_codecs.py).
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, FP8 = 3, CODED = 4, INT4 = 5, FLOAT16 = 6, E5M2 = 7, CHANNEL = 8 };
 enum Activation : int32_t { NO_ACTIVATION = -1, SILU = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
 
 // Part of the last layer that a call of twostroke_layers computes. Most rows of a prompt need only their keys and values there.

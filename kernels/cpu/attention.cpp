@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "api.h"
-#include "cache.h"
+#include "cache/cache.h"
 #include "simd.h"
 #include "softmax.h"
 #include "threads.h"
@@ -92,13 +92,20 @@ class Worker {
             const Plane& plane = job_.keys[p];
             const TileRows rows = rows_of(plane, tile);
             for (int g = 0; g < GROUPS; g++)
-                scales[p][g] = rows.scales(g, !by_64(plane)) * splat(job_.scale * (job_.softcap ? 1.0f : LOG2_E));
-            if (job_.num_parts == 1 && by_64(plane) && unit_.rows <= DIRECT_ROWS && plane.width <= 128)
-                return plane.width == 64 ? score_few<64>(tile, rows, scales[0]) : score_few<128>(tile, rows, scales[0]);
+                scales[p][g] = rows.scales(g, is_divided(plane)) * splat(job_.scale * (job_.softcap ? 1.0f : LOG2_E));
+            if constexpr (DECODES_64 && PAIRS)
+                if (job_.num_parts == 1 && by_64(plane) && unit_.rows <= DIRECT_ROWS && plane.width <= 128)
+                    return with_codec(plane.codec, [&](auto codec) {
+                        if (plane.width == 64) return score_few<64, decltype(codec)::value>(tile, rows, scales[0]);
+                        score_few<128, decltype(codec)::value>(tile, rows, scales[0]);
+                    });
 #if defined(TWOSTROKE_AVX2)
-            if (PAIRS && job_.num_parts == 1 && plane.codec == FP8 && unit_.rows <= DIRECT_ROWS && plane.width % 32 == 0 &&
-                plane.width <= MOST_DIRECT_WIDTH)
-                return score_by_bytes(rows, scales[0], Ahead(rows_of(job_.values, tile), rows));
+            if constexpr (PAIRS)
+                if (job_.num_parts == 1 && has_numbers(plane) && unit_.rows <= DIRECT_ROWS && plane.width % 32 == 0 &&
+                    plane.width <= MOST_DIRECT_WIDTH)
+                    return with_codec(plane.codec, [&](auto codec) {
+                        score_by_bytes<decltype(codec)::value>(rows, scales[0], Ahead(rows_of(job_.values, tile), rows));
+                    });
 #endif
             for (int g = 0; g < GROUPS && rows.rows[g]; g++)
                 take_group(plane, rows.rows[g], steps(p), to + (int64_t)g * steps(p) * LANES);
@@ -127,21 +134,28 @@ class Worker {
         softmax::Tile kind{tile * TILE, job_.window, job_.softcap, {}};
         for (int g = 0; g < GROUPS; g++)  // scales beyond the sequence are arbitrary, so 0 * scale may be NaN
             kind.scales[g] =
-                select((I32)(COUNT + g * LANES < held(tile)), values.scales(g, !by_64(job_.values)), splat(1.0f));
+                select((I32)(COUNT + g * LANES < held(tile)), values.scales(g, is_divided(job_.values)), splat(1.0f));
         softmax_.weigh(first_seeing(tile), unit_.rows, kind);
     }
 
     // Add the weighted values of a tile.
     void mix(int tile) {
         const TileRows values = rows_of(job_.values, tile);
-        if (by_64(job_.values)) {
-            const Ahead ahead(rows_of(job_.keys[0], tile + 1), values);
-            return mix_from(ValuesBy64{values, ahead}, tile);
-        }
+        if constexpr (DECODES_64 && PAIRS)
+            if (by_64(job_.values)) {
+                const Ahead ahead(rows_of(job_.keys[0], tile + 1), values);
+                return with_codec(job_.values.codec, [&](auto codec) {
+                    mix_from(ValuesBy64<decltype(codec)::value>{values, ahead}, tile);
+                });
+            }
 #if defined(TWOSTROKE_AVX2)
         const Ahead keys(rows_of(job_.keys[0], tile + 1), values);
-        if (PAIRS && job_.values.codec == FP8 && unit_.rows <= DIRECT_ROWS && width_ == job_.values.width)
-            return unit_.rows - first_seeing(tile) == 1 ? mix_bytes<1>(values, tile, keys) : mix_bytes<2>(values, tile, keys);
+        if constexpr (PAIRS)
+            if (has_numbers(job_.values) && unit_.rows <= DIRECT_ROWS && width_ == job_.values.width)
+                return with_codec(job_.values.codec, [&](auto codec) {
+                    if (unit_.rows - first_seeing(tile) == 1) return mix_bytes<1, decltype(codec)::value>(values, tile, keys);
+                    mix_bytes<2, decltype(codec)::value>(values, tile, keys);
+                });
         if (unit_.rows <= MIX_ROWS) {
             const int bytes = LANES * job_.keys[0].width * number_bytes(job_.keys[0].codec);
             for (int g = 0; g < GROUPS; g++)
@@ -150,6 +164,8 @@ class Worker {
 #endif
         switch (job_.values.codec) {
             case FP8: return mix_of<FP8>(values, tile);
+            case E5M2: return mix_of<E5M2>(values, tile);
+            case INT8: return mix_of<INT8>(values, tile);
             case BFLOAT16: return mix_of<BFLOAT16>(values, tile);
             default: mix_of<FLOAT32>(values, tile);
         }
@@ -188,8 +204,12 @@ class Worker {
     int first_seeing(int tile) const { return std::max(0, (tile * TILE - span_.start) * group_ - unit_.first); }
     int steps(int part) const { return PAIRS ? padded(job_.keys[part].width) / 2 : padded(job_.keys[part].width); }
     TileRows rows_of(const Plane& plane, int tile) const { return {plane, span_, head_, tile, held(tile)}; }
+    // True if numbers of this plane are divided by 256 in decoding.
+    static bool is_divided(const Plane& plane) { return plane.codec == FP8 && !by_64(plane); }
     // True if rows of this plane are decoded 64 numbers at a time.
-    static bool by_64(const Plane& plane) { return DECODES_64 && PAIRS && plane.codec == FP8 && plane.width % 64 == 0; }
+    static bool by_64(const Plane& plane) { return DECODES_64 && PAIRS && has_numbers(plane) && plane.width % 64 == 0; }
+    // True if a byte of this plane is a number by itself.
+    static bool has_numbers(const Plane& plane) { return is_bytes(plane.codec) && plane.codec != CHANNEL; }
 
     // Factor of a row's mixed values: 1 / l, or with a sink s, as if it were one more key without a value,
     // 2**(m - m') / (l * 2**(m - m') + 2**(s - m')), m' = max(m, s).
@@ -220,15 +240,28 @@ class Worker {
     // ------------------------------------------------------------ scores
 
     void take_group(const Plane& plane, const uint8_t* rows, int n, uint32_t* to) {
-        if (by_64(plane)) return take_keys_by_64(rows, plane.width, to);
+        if constexpr (DECODES_64 && PAIRS)
+            if (by_64(plane))
+                return with_codec(plane.codec, [&](auto codec) { take_keys_by_64<decltype(codec)::value>(rows, plane.width, to); });
         const bool whole = plane.width % 32 == 0;
         switch (plane.codec) {
-            case FP8: return (whole ? take_keys<PAIRS, FP8, true> : take_keys<PAIRS, FP8, false>)(rows, plane.width, n, to);
-            case BFLOAT16:
-                return (whole ? take_keys<PAIRS, BFLOAT16, true> : take_keys<PAIRS, BFLOAT16, false>)(rows, plane.width, n, to);
-            default: (whole ? take_keys<PAIRS, FLOAT32, true> : take_keys<PAIRS, FLOAT32, false>)(rows, plane.width, n, to);
+            case FP8: return take_keys_of<FP8>(whole, rows, plane.width, n, to);
+            case E5M2: return take_keys_of<E5M2>(whole, rows, plane.width, n, to);
+            case INT8: return take_keys_of<INT8>(whole, rows, plane.width, n, to);
+            case CHANNEL: {
+                float factors[MOST_CHANNELS];
+                channel_factors(rows, plane.width, factors);
+                return take_keys_of<CHANNEL>(whole, rows, plane.width, n, to, factors);
+            }
+            case BFLOAT16: return take_keys_of<BFLOAT16>(whole, rows, plane.width, n, to);
+            default: take_keys_of<FLOAT32>(whole, rows, plane.width, n, to);
         }
     }
+    template <int CODEC>
+    static void take_keys_of(bool whole, const uint8_t* rows, int width, int n, uint32_t* to, const float* factors = nullptr) {
+        (whole ? take_keys<PAIRS, CODEC, true> : take_keys<PAIRS, CODEC, false>)(rows, width, n, to, factors);
+    }
+    template <int CODEC>
     static void take_keys_by_64(const uint8_t* rows, int width, uint32_t* to) {
         for (int at = 0; at < width; at += 16) {
             U32 codes[4];
@@ -236,7 +269,7 @@ class Worker {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++, to += 2 * LANES) {
                 U32 first, last;
-                decode_64(E4M3_TABLES, codes[i], first, last);
+                decode_64<CODEC>(codes[i], first, last);
                 store(to, first), store(to + LANES, last);
             }
         }
@@ -244,13 +277,13 @@ class Worker {
 
     // `score_rows` for units of few rows: keys are decoded directly into registers. The width is a template parameter, because
     // the addresses of sixteen rows do not fit the registers.
-    template <int WIDTH>
+    template <int WIDTH, int CODEC>
     void score_few(int tile, const TileRows& rows, const F32 (&scales)[GROUPS]) {
         const Ahead values(rows_of(job_.values, tile), rows);
-        unit_.rows <= 2 ? score_directly<WIDTH, 2>(rows, scales, values)
-                        : score_directly<WIDTH, DIRECT_ROWS>(rows, scales, values);
+        unit_.rows <= 2 ? score_directly<WIDTH, CODEC, 2>(rows, scales, values)
+                        : score_directly<WIDTH, CODEC, DIRECT_ROWS>(rows, scales, values);
     }
-    template <int WIDTH, int ROWS>
+    template <int WIDTH, int CODEC, int ROWS>
     void score_directly(const TileRows& rows, const F32 (&scales)[GROUPS], const Ahead& ahead) {
         F32 acc[ROWS][GROUPS];
         const uint32_t* q[ROWS];
@@ -271,7 +304,7 @@ class Worker {
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) {
                     U32 first, last;
-                    decode_64(E4M3_TABLES, codes[i], first, last);
+                    decode_64<CODEC>(codes[i], first, last);
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; r++) {
                         acc[r][g] = dot_pairs(acc[r][g], first, splat_u32(q[r][2 * i]));
@@ -288,6 +321,7 @@ class Worker {
 #if defined(TWOSTROKE_AVX2)
     // The same for machines whose registers hold two rows and two groups. Sixteen keys are transposed as bytes.
     static constexpr int MOST_DIRECT_WIDTH = 256;
+    template <int CODEC>
     void score_by_bytes(const TileRows& rows, const F32 (&scales)[GROUPS], const Ahead& values) {
         float q[DIRECT_ROWS][MOST_DIRECT_WIDTH];
         for (int r = 0; r < DIRECT_ROWS; r++) {
@@ -295,10 +329,11 @@ class Worker {
             for (int i = 0; i < job_.keys[0].width; i += LANES) store(q[r] + i, load_bf16(from + i));
         }
         for (int g = 0; g < GROUPS && rows.rows[g]; g += 2)
-            unit_.rows == 1 ? score_two_groups<1>(q, g, rows, scales, values) : score_two_groups<2>(q, g, rows, scales, values);
+            unit_.rows == 1 ? score_two_groups<CODEC, 1>(q, g, rows, scales, values)
+                            : score_two_groups<CODEC, 2>(q, g, rows, scales, values);
     }
     // Groups `group` and `group + 1` together: four sums would wait for each other. A missing group repeats the first.
-    template <int ROWS>
+    template <int CODEC, int ROWS>
     void score_two_groups(const float (&q)[DIRECT_ROWS][MOST_DIRECT_WIDTH], int group, const TileRows& rows,
                           const F32 (&scales)[GROUPS], const Ahead& values) {
         const int width = job_.keys[0].width, last = rows.rows[group + 1] ? group + 1 : group;
@@ -315,7 +350,8 @@ class Worker {
             for (int i = 0; i < 8; i++) {
 #pragma GCC unroll 2
                 for (int g = 0; g < 2; g++) {
-                    const F32 even = decode_byte_column<false>(codes[g][i]), odd = decode_byte_column<true>(codes[g][i]);
+                    const F32 even = decode_byte_column<CODEC, false>(codes[g][i]);
+                    const F32 odd = decode_byte_column<CODEC, true>(codes[g][i]);
 #pragma GCC unroll 2
                     for (int r = 0; r < ROWS; r++) {
                         const __m256 x = _mm256_broadcast_ss(q[r] + at + 2 * i), y = _mm256_broadcast_ss(q[r] + at + 2 * i + 1);
@@ -378,9 +414,9 @@ class Worker {
             mix_from(Values<PAIRS, CODEC, true>{values, width, held(tile)}, tile);
     }
 #if defined(TWOSTROKE_AVX2)
-    // `mix_all` for the last ROWS rows of a unit of few rows, with fp8 values: 32 columns at a time, weights as float32. The next
-    // tile's keys are prefetched meanwhile.
-    template <int ROWS>
+    // `mix_all` for the last ROWS rows of a unit of few rows, with values of one byte: 32 columns at a time, weights as float32. The
+    // next tile's keys are prefetched meanwhile.
+    template <int ROWS, int CODEC>
     void mix_bytes(const TileRows& rows, int tile, const Ahead& keys) {
         const int first = unit_.rows - ROWS, count = std::min(held(tile), position(unit_.rows - 1) - tile * TILE + 1);
         const int ahead_bytes = LANES * job_.keys[0].width * number_bytes(job_.keys[0].codec);
@@ -403,7 +439,7 @@ class Worker {
                     keys.ask(g, line);
                 for (int j = 0; j < end; j++, at += rows.row_bytes) {
                     F32 value[2];
-                    decode_32(at, value);
+                    decode_32<CODEC>(at, value);
 #pragma GCC unroll 2
                     for (int r = 0; r < ROWS; r++) {
                         const __m256 weight = _mm256_broadcast_ss(weights[r] + g * LANES + j);

@@ -13,7 +13,7 @@ from typing import Any
 
 from .build import built_library
 
-FLOAT32, BFLOAT16, INT8, FP8, CODED, INT4, FLOAT16 = range(7)
+FLOAT32, BFLOAT16, INT8, FP8, CODED, INT4, FLOAT16, E5M2, CHANNEL = range(9)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
 ADAPTED_QKV, ADAPTED_OUTPUT, ADAPTED_GATE_UP, ADAPTED_DOWN, NUM_ADAPTED = range(5)  # matrices of a layer
 NO_ACTIVATION, SILU, GELU_TANH, CLAMPED_SWIGLU = range(-1, 3)

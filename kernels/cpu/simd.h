@@ -399,6 +399,20 @@ inline U32 widen_u8(const void* p) {
 #endif
 }
 
+// Decode sixteen e5m2 codes: the upper bytes of halves.
+inline F32 decode_e5m2(U8x16 codes) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16((__m128i)codes), 8));
+#elif defined(TWOSTROKE_AVX2)
+    const __m256i halves = _mm256_slli_epi16(_mm256_cvtepu8_epi16((__m128i)codes), 8);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+#else
+    U32 wide = __builtin_convertvector(codes, U32);
+    F32 value = (F32)(((wide & 0x80u) << 24) | ((wide & 0x7Fu) << 21));
+    return value * splat(0x1p112f);  // e5m2's bias is 112 below float32's
+#endif
+}
+
 // Decode sixteen codes, divided by 256, as halves with another exponent bias. Exact, subnormals included.
 inline F32 decode_e4m3_by_256(U8x16 codes) {
 #if defined(__AVX512F__) || defined(TWOSTROKE_AVX2)
@@ -437,30 +451,36 @@ __attribute__((always_inline)) inline void load_byte_columns(const uint8_t* rows
         codes[i + 2] = _mm256_unpacklo_epi32(a[1], a[3]), codes[i + 3] = _mm256_unpackhi_epi32(a[1], a[3]);
     }
 }
-// Decode the first (ODD: the second) element of all rows, one row per lane, divided by 256 as in decode_e4m3_by_256.
-template <bool ODD>
+// Eight numbers of a codec, whose codes are the upper bytes of eight 16-bit lanes; FP8 divided by 256 as in decode_e4m3_by_256.
+template <int CODEC>
+__attribute__((always_inline)) inline __m256 decode_upper_bytes(__m128i codes) {
+    if constexpr (CODEC == INT8) return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_srai_epi16(codes, 8)));
+    if constexpr (CODEC == FP8) codes = _mm_and_si128(_mm_srai_epi16(codes, 1), _mm_set1_epi16((short)0xBF80));
+    return _mm256_cvtph_ps(codes);
+}
+// Decode the first (ODD: the second) element of all rows, one row per lane.
+template <int CODEC, bool ODD>
 __attribute__((always_inline)) inline F32 decode_byte_column(__m256i codes) {
     const __m256i zero = _mm256_setzero_si256();
-    __m256i half = ODD ? _mm256_unpackhi_epi8(zero, codes) : _mm256_unpacklo_epi8(zero, codes);
-    half = _mm256_and_si256(_mm256_srai_epi16(half, 1), _mm256_set1_epi16((short)0xBF80));
-    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+    const __m256i upper = ODD ? _mm256_unpackhi_epi8(zero, codes) : _mm256_unpacklo_epi8(zero, codes);
+    return {decode_upper_bytes<CODEC>(_mm256_castsi256_si128(upper)), decode_upper_bytes<CODEC>(_mm256_extracti128_si256(upper, 1))};
 }
-// Decode 32 codes of a row, divided by 256.
+// Decode 32 codes of a row.
+template <int CODEC>
 __attribute__((always_inline)) inline void decode_32(const void* codes, F32 (&to)[2]) {
-    const __m256i zero = _mm256_setzero_si256(), mask = _mm256_set1_epi16((short)0xBF80), all = load<__m256i>(codes);
-    const __m256i low = _mm256_and_si256(_mm256_srai_epi16(_mm256_unpacklo_epi8(zero, all), 1), mask);
-    const __m256i high = _mm256_and_si256(_mm256_srai_epi16(_mm256_unpackhi_epi8(zero, all), 1), mask);
-    to[0] = {_mm256_cvtph_ps(_mm256_castsi256_si128(low)), _mm256_cvtph_ps(_mm256_castsi256_si128(high))};
-    to[1] = {_mm256_cvtph_ps(_mm256_extracti128_si256(low, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1))};
+    const __m256i zero = _mm256_setzero_si256(), all = load<__m256i>(codes);
+    const __m256i low = _mm256_unpacklo_epi8(zero, all), high = _mm256_unpackhi_epi8(zero, all);
+    to[0] = {decode_upper_bytes<CODEC>(_mm256_castsi256_si128(low)), decode_upper_bytes<CODEC>(_mm256_castsi256_si128(high))};
+    to[1] = {decode_upper_bytes<CODEC>(_mm256_extracti128_si256(low, 1)), decode_upper_bytes<CODEC>(_mm256_extracti128_si256(high, 1))};
 }
 #endif
 
-// Decode 64 codes (a sign and seven bits) into bfloat16 by byte tables. Interleaving the bytes leaves elements 0-7, 16-23, 32-39,
+// Decode 64 codes of FP8, E5M2 or INT8 into bfloat16 by byte tables. Interleaving the bytes leaves elements 0-7, 16-23, 32-39,
 // 48-55 in `low` and the others in `high`.
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 constexpr bool DECODES_64 = true;
 
-// Low and high byte of the bfloat16 of each code of seven bits.
+// Low and high byte of the bfloat16 of each magnitude of seven bits. Every code decodes to a finite number.
 struct ByteTables {
     alignas(64) uint8_t low[128], high[128];
     explicit ByteTables(float (*value_of)(int)) {
@@ -476,23 +496,31 @@ inline const ByteTables E4M3_TABLES([](int code) {
     return (code >> 3) ? (float)(8 + (code & 7)) * __builtin_ldexpf(1.0f, (code >> 3) - 10)
                        : (float)code * __builtin_ldexpf(1.0f, -9);
 });
+inline const ByteTables E5M2_TABLES([](int code) {
+    return (code >> 2) ? (float)(4 + (code & 3)) * __builtin_ldexpf(1.0f, (code >> 2) - 17)
+                       : (float)code * __builtin_ldexpf(1.0f, -16);
+});
+inline const ByteTables INT8_TABLES([](int code) { return (float)code; });
 
-__attribute__((always_inline)) inline void decode_64(const ByteTables& t, U32 codes, U32& low, U32& high) {
-    const __m512i code = (__m512i)codes;
-    const __m512i lows = _mm512_permutex2var_epi8(load<__m512i>(t.low), code, load<__m512i>(t.low + 64));
-    __m512i highs = _mm512_permutex2var_epi8(load<__m512i>(t.high), code, load<__m512i>(t.high + 64));
+template <int CODEC>
+__attribute__((always_inline)) inline void decode_64(U32 codes, U32& low, U32& high) {
+    const ByteTables& t = CODEC == INT8 ? INT8_TABLES : CODEC == E5M2 ? E5M2_TABLES : E4M3_TABLES;
+    const __m512i code = (__m512i)codes, magnitude = CODEC == INT8 ? _mm512_abs_epi8(code) : code;  // bit 7 is not used
+    const __m512i lows = _mm512_permutex2var_epi8(load<__m512i>(t.low), magnitude, load<__m512i>(t.low + 64));
+    __m512i highs = _mm512_permutex2var_epi8(load<__m512i>(t.high), magnitude, load<__m512i>(t.high + 64));
     highs = _mm512_ternarylogic_epi32(highs, code, _mm512_set1_epi8((char)0x80), 0xF8);  // the code's sign
     low = (U32)_mm512_unpacklo_epi8(lows, highs);
     high = (U32)_mm512_unpackhi_epi8(lows, highs);
 }
 
-// Decode 64 e4m3 codes of each of two rows into pairs of bfloat16 (one number of each row): columns 0-3, 16-19, 32-35, 48-51
+// Decode 64 codes of each of two rows into pairs of bfloat16 (one number of each row): columns 0-3, 16-19, 32-35, 48-51
 // in the first vector, 4-7 ... in the second, 8-11 ... in the third, 12-15 ... in the fourth.
+template <int CODEC>
 __attribute__((always_inline)) inline void decode_two_rows(const void* a, const void* b, U32 (&to)[4]) {
     const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
     const __m512i low = _mm512_unpacklo_epi8(x, y), high = _mm512_unpackhi_epi8(x, y);
-    decode_64(E4M3_TABLES, (U32)low, to[0], to[1]);
-    decode_64(E4M3_TABLES, (U32)high, to[2], to[3]);
+    decode_64<CODEC>((U32)low, to[0], to[1]);
+    decode_64<CODEC>((U32)high, to[2], to[3]);
 }
 
 // Sort four vectors of float32, in the column order of decode_two_rows, by column.
@@ -523,9 +551,9 @@ __attribute__((always_inline)) inline void load_side_by_side(const uint8_t* rows
 }
 #else
 constexpr bool DECODES_64 = false;
-struct ByteTables {};
-inline const ByteTables E4M3_TABLES;
-inline void decode_64(const ByteTables&, U32, U32&, U32&) {}
+template <int CODEC>
+inline void decode_64(U32, U32&, U32&) {}
+template <int CODEC>
 inline void decode_two_rows(const void*, const void*, U32 (&)[4]) {}
 inline void restore_columns(F32 (&)[4]) {}
 inline void load_side_by_side(const uint8_t*, int, U32 (&)[4]) {}

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cache.h"
+#include "cache/cache.h"
 #include "simd.h"
 
 namespace softmax {

@@ -2,7 +2,8 @@
 
 The router checks every pair before it chooses one, and the prefill worker checks the order of its peer again. Unlike
 tensor parallelism, physical block sizes and codecs are no reason against a pair: the planes on the wire have the heads
-of the whole model in the codec of the prefill worker, and the decode worker's store translates them.
+of the whole model in the codec of the prefill worker, and the decode worker's store translates them. What was rounded
+to one byte per number is not rounded to another such codec, because both errors would remain.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from ...core.errors import PairRefused
-from ..spec import CODEC_NAMES, KvSpec
+from ..spec import CODEC_NAMES, KvSpec, is_rounded
 from .machine import HANDOVER
 from .shards import plan_slices, rank_specs
 
@@ -77,6 +78,13 @@ def why_refused(prefill: HandoverSide, decode: HandoverSide) -> PairRefused | No
             "cache.dtype (--kv-cache-dtype)",
             param="kv_spec",
         )
+    twice = _rounded_twice(prefill.kv_spec, decode.kv_spec)
+    if twice is not None:
+        return PairRefused(
+            f"the prefill worker keeps {twice}: rounded twice; give both one cache.dtype (--kv-cache-dtype), or one of "
+            "them bfloat16",
+            param="kv_spec",
+        )
     if prefill.kv_spec == decode.kv_spec and prefill.num_ranks == decode.num_ranks:
         return None
     return _why_no_plan(prefill.kv_spec, prefill.num_ranks, decode.kv_spec, decode.num_ranks)
@@ -102,6 +110,17 @@ def _readable(side: HandoverSide) -> frozenset[str]:
 
 def _codecs(spec: KvSpec) -> frozenset[str]:
     return frozenset(_NAME_BY_CODEC[component.codec] for component in spec.main.components)
+
+
+def _rounded_twice(source: KvSpec, destination: KvSpec) -> str | None:
+    """The first component that would go from one rounded codec to another, in words."""
+    theirs = {component.name: component.codec for component in destination.main.components}
+    for component in source.main.components:
+        found = theirs.get(component.name, component.codec)
+        if found != component.codec and is_rounded(found) and is_rounded(component.codec):
+            names = _NAME_BY_CODEC[component.codec], _NAME_BY_CODEC[found]
+            return f"its {component.name} as {names[0]}, the decode worker as {names[1]}"
+    return None
 
 
 def _told(names: Collection[str]) -> str:

@@ -14,7 +14,7 @@ from ...kernels.cpu.build import NativeUnavailable
 from ...kernels.cpu.memory import take_memory
 from ...kernels.reference import Planes
 from ..block import BlockId
-from ..codec import U8, Codec
+from ..codec import NUMBER_CODES, U8, Codec, scale_bytes
 from ..digest import U64, key_table, scale_keys, stream_seeds
 from ..section import PlaneBuffer
 from ..spec import HASH_BLOCK_TOKENS, Component
@@ -53,7 +53,7 @@ class CpuPlanes:
         shape = (num_layers, num_blocks, component.heads, block_tokens)
         payload = take_memory(prod(shape) * component.row_bytes)
         self.payload = payload.view(*shape, component.row_bytes)
-        self.scales = torch.zeros(shape, dtype=torch.uint8) if self.codec is Codec.FP8_E4M3 else None
+        self.scales = torch.zeros(shape, dtype=torch.uint8) if scale_bytes(self.codec) else None
         self.payload_view: U8 = self.payload.numpy()
         self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
         self._touch(num_layers * component.heads * block_tokens * component.row_bytes)
@@ -74,7 +74,9 @@ class CpuPlanes:
 
     def planes(self, layer: int) -> Planes:
         """Planes of one layer: views of the store's memory."""
-        return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
+        return Planes(
+            self.payload[layer], None if self.scales is None else self.scales[layer], NUMBER_CODES[self.codec]
+        )
 
     def gather(
         self,
@@ -178,7 +180,7 @@ class CpuPlanes:
         for block, within, place in self._spans(block_table, tokens):
             self.payload_view[part, block, row, within] = payload[:, :, place]
             if self.scales_view is not None:
-                assert scales is not None, "fp8 rows come with scales"
+                assert scales is not None, "rows of one byte per number come with scales"
                 self.scales_view[part, block, row, within] = scales[:, :, place]
 
     def clear(self, layers: Sequence[int], blocks: I64, units: I64) -> None:

@@ -18,7 +18,7 @@ from ...kernels.gpu.move_tokens import gather_tokens, scatter_tokens
 from ...kernels.reference import Planes
 from ...kernels.reference_kv import Seal, digest_keys
 from ..block import BlockId
-from ..codec import U8, Codec
+from ..codec import NUMBER_CODES, U8, Codec, scale_bytes
 from ..digest import U64
 from ..section import PlaneBuffer
 from ..spec import COMPONENT_NUMBERS, HASH_BLOCK_TOKENS, Component
@@ -38,14 +38,16 @@ class DevicePlanes:
         self.device = device
         shape = (num_layers, num_blocks, component.heads, block_tokens)
         self.payload = torch.zeros((*shape, component.row_bytes), dtype=torch.uint8, device=device)
-        is_scaled = self.codec is Codec.FP8_E4M3
+        is_scaled = scale_bytes(self.codec) == 1
         self.scales = torch.zeros(shape, dtype=torch.uint8, device=device) if is_scaled else None
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
 
     def planes(self, layer: int) -> Planes:
         """Planes of one layer: views of the store's memory."""
-        return Planes(self.payload[layer], None if self.scales is None else self.scales[layer])
+        return Planes(
+            self.payload[layer], None if self.scales is None else self.scales[layer], NUMBER_CODES[self.codec]
+        )
 
     def gather(
         self,
@@ -67,7 +69,7 @@ class DevicePlanes:
         """Write `rows` of the given layers and heads, in the layout that `gather` returns."""
         payload, scales = rows
         part = slice(layers.start, layers.stop)
-        assert (scales is None) == (self.scales is None), "fp8 rows come with scales"
+        assert (scales is None) == (self.scales is None), "rows of one byte per number come with scales"
         store = Planes(self.payload[part], None if self.scales is None else self.scales[part])
         source = Planes(self._to_device(payload), None if scales is None else self._to_device(scales))
         scatter_tokens(store, self._table(block_table, tokens), tokens, heads, source)

@@ -145,7 +145,7 @@ def refuse_gpu_ranks(num_ranks: int, kind: Literal["cpu", "cuda"]) -> None:
 
 
 def refuse_unserved(spec: ModelSpec, codec: str) -> None:
-    """Refuse models and caches that a GPU's kernels do not support, before loading. `codec`: in `kv.spec.CODEC_NAMES`.
+    """Refuse models and caches that a GPU's kernels do not support, before loading. `codec`: in `kv.spec.pair_name`.
 
     Raises:
         ConfigError: the model or the cache is not supported on a GPU; names the remedy.
@@ -158,7 +158,7 @@ def refuse_unserved(spec: ModelSpec, codec: str) -> None:
         raise ConfigError(
             f"{spec.architecture} has recurrent layers, which are not served on a GPU yet; use model.device: cpu"
         )
-    if codec == "float32":
+    if codec not in ("fp8", "bfloat16"):
         raise ConfigError(
-            "cache.dtype is 'float32', which is not served on a GPU; use fp8 or bfloat16, or model.device: cpu"
+            f"cache.dtype is {codec!r}, which is not served on a GPU; use fp8 or bfloat16, or model.device: cpu"
         )

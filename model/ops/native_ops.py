@@ -39,6 +39,7 @@ from .step import LayerStep
 ACTIVATIONS = {"silu": native.SILU, "gelu_tanh": native.GELU_TANH, "clamped_swiglu": native.CLAMPED_SWIGLU}
 _REMEMBERED_TABLES = 512
 KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+BYTE_CODES = {"e4m3": native.FP8, "e5m2": native.E5M2, "int8": native.INT8, "int8_channel": native.CHANNEL}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -335,8 +336,7 @@ class NativeOps:
         queries: per part [rows, heads, width]; the scores of all parts are added.
         """
         rows, heads, width = queries[0].shape
-        row_bytes = values.payload.shape[-1]
-        value_width = row_bytes * width // keys[0].payload.shape[-1]  # all planes have one codec
+        value_width = values.width_like(keys[0], width)
         make = torch.empty if rows == layout.num_rows else torch.zeros
         out = make(rows, heads, value_width, dtype=self.dtype)
         job = native.Attend(num_parts=len(queries), num_spans=layout.count, heads=heads, spans=layout.address)
@@ -373,7 +373,7 @@ def _rows(x: Tensor) -> native.Rows:
 
 def _codec(plane: Planes, width: int) -> int:
     if plane.scales is not None:
-        return native.FP8
+        return BYTE_CODES[plane.byte_code]
     return native.BFLOAT16 if plane.payload.shape[-1] == 2 * width else native.FLOAT32
 
 

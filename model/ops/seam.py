@@ -233,8 +233,8 @@ class Ops(Protocol):
 
         A score is the sum over parts of query part i [rows, heads, width_i] with key part i (planes of kv_heads_i = the
         values' heads): one part for plain attention, two (latent and rotary) for MLA, where the values are the planes
-        of the first part. Parts may be views. All planes have one codec. Returns [rows, heads, value width]; rows that
-        belong to no span are zero.
+        of the first part. Parts may be views. Keys and values have codecs of their own. Returns [rows, heads, value
+        width]; rows that belong to no span are zero.
 
         `sinks` [heads] float32, for plain attention: a score of each head that takes part in the softmax of its rows,
         without a value, and without scale or softcap.

@@ -306,7 +306,12 @@ def _tiles(planes: Planes, head_rows: Tensor, width: int) -> Tensor:
     payload = planes.payload.flatten(0, 1).index_select(0, picked).view(*shape, row_bytes)
     if planes.scales is None:
         return decode_rows(Planes(payload, None), width)[0]
-    return _decode_fp8(payload, planes.scales.flatten(0, 1).index_select(0, picked).view(shape))
+    scales = planes.scales.flatten(0, 1).index_select(0, picked).view(shape)
+    if planes.byte_code == "e4m3":
+        return _decode_fp8(payload, scales)
+    numbers, factors = decode_rows(Planes(payload, scales, planes.code), width)
+    assert factors is not None
+    return numbers.mul_(factors.unsqueeze(-1))
 
 
 def _decode_fp8(payload: Tensor, scales: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...core.errors import ConfigError
 from ...kernels.reference import Planes, encode_rows, fp8_encode, rms_norm
+from ...kernels.reference_codecs import channel_encode
 from ..sampling.noise import F32
 from .composed import head, store_heads
 from .delta import DeltaJob, delta
@@ -166,7 +167,7 @@ class TorchOps:
         used, block_tokens = int((slots >= 0).sum()), planes[0].block_tokens
         blocks, offsets = slots[:used] // block_tokens, slots[:used] % block_tokens
         non_finite = torch.zeros(len(slots), dtype=torch.int32)
-        encoded = _encode_all([part[:used] for part in parts], planes)
+        encoded = _encode_all([part[:used] for part in parts], planes, (blocks, offsets))
         for plane, (payload, scales, refused) in zip(planes, encoded, strict=True):
             plane.payload[blocks, :, offsets] = payload
             if plane.scales is not None and scales is not None:
@@ -201,7 +202,7 @@ class TorchOps:
         """Attention by `torch_attention.py`."""
         kv_heads = values.payload.shape[1]
         widths = tuple(part.shape[-1] for part in queries)
-        value_width = values.payload.shape[-1] * widths[0] // keys[0].payload.shape[-1]  # all planes have one codec
+        value_width = values.width_like(keys[0], widths[0])
         shape = HeadShape(kv_heads, queries[0].shape[1] // kv_heads, widths, value_width)
         if shape not in self._attentions:
             self._attentions[shape] = Attention(shape, lambda i, c, t: self._product(i, c, torch.float32, t))
@@ -225,10 +226,22 @@ class TorchOps:
         return self._products[key]
 
 
-def _encode_all(parts: Sequence[Tensor], planes: Sequence[Planes]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """Encode each part as `encode_rows` does; in one pass if all are fp8 rows of one width."""
-    if len({part.shape[-1] for part in parts}) > 1 or any(plane.scales is None for plane in planes):
-        return [encode_rows(part, plane) for part, plane in zip(parts, planes, strict=True)]
+def _encode_all(
+    parts: Sequence[Tensor], planes: Sequence[Planes], places: tuple[Tensor, Tensor]
+) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """Encode each part as `encode_rows` does; in one pass if all are fp8 rows of one width.
+
+    `places`: blocks and offsets of the rows.
+    """
+    if len({part.shape[-1] for part in parts}) > 1 or any(
+        plane.scales is None or plane.byte_code != "e4m3" for plane in planes
+    ):
+        return [
+            channel_encode(part, *places, plane.payload)[0]
+            if plane.byte_code == "int8_channel"
+            else encode_rows(part, plane)
+            for part, plane in zip(parts, planes, strict=True)
+        ]
     heads = [part.shape[1] for part in parts]
     columns = [torch.split(whole, heads, dim=1) for whole in fp8_encode(torch.cat(list(parts), dim=1))]
     return list(zip(*columns, strict=True))

@@ -20,7 +20,8 @@ def rows(seed: int, count: int = 500, width: int = 64, spread: float = 15.0) -> 
 
 
 def test_ids_are_the_wire_s_and_never_change() -> None:
-    assert {codec.name: int(codec) for codec in Codec} == {"FP8_E4M3": 1, "BF16": 2, "FP32": 3}
+    ids = {"FP8_E4M3": 1, "BF16": 2, "FP32": 3, "FP8_E5M2": 4, "INT8": 5, "INT8_CHANNEL": 6}
+    assert {codec.name: int(codec) for codec in Codec} == ids
 
 
 @pytest.mark.parametrize("codec", ALL)

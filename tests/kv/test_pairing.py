@@ -48,6 +48,30 @@ def test_keys_and_values_may_have_other_codecs_each(prefill: KvSpec, decode: KvS
         ({"kv_spec": mla_spec(2, 32, 8, 1)}, {}, "kv_spec", "widths"),
         ({"num_ranks": 3}, {}, "tensor_parallel_size", "4 heads of k cannot be split over 3 ranks"),
         ({}, {"num_ranks": 3}, "tensor_parallel_size", "4 heads of k cannot be split over 3 ranks"),
+        (
+            {},
+            {"kv_spec": attention_spec(2, 4, 16, 5)},
+            "kv_spec",
+            "its k as fp8, the decode worker as int8: rounded twice",
+        ),
+        (
+            {"kv_spec": attention_spec(2, 4, 16, 6, 5)},
+            {"kv_spec": attention_spec(2, 4, 16, 5)},
+            "kv_spec",
+            "its k as int8_channel, the decode worker as int8",
+        ),
+        (
+            {"kv_spec": attention_spec(2, 4, 16, 2, 5)},
+            {"kv_spec": attention_spec(2, 4, 16, 5, 4)},
+            "kv_spec",
+            "its v as int8, the decode worker as fp8_e5m2",
+        ),
+        (
+            {"kv_spec": attention_spec(2, 4, 16, 6, 5)},
+            {"capabilities": ("handover.grpc.1",)},
+            "kv_spec",
+            "the decode worker cannot store int8, int8_channel",
+        ),
     ],
 )
 def test_an_impossible_pair_has_a_typed_reason(prefill: dict, decode: dict, field: str, told: str) -> None:
@@ -58,6 +82,15 @@ def test_an_impossible_pair_has_a_typed_reason(prefill: dict, decode: dict, fiel
     again = from_code(refused.code, refused.message, param=field)  # as the peer hears it
     assert type(again) is PairRefused
     assert isinstance(again, InvalidRequest)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [((6, 5), (2, 2)), ((2, 2), (6, 5)), ((3, 2), (5, 4)), ((1, 1), (1, 3)), ((6, 4), (6, 4))],
+)
+def test_a_pair_of_unlike_codecs_rounds_once(source: tuple[int, int], destination: tuple[int, int]) -> None:
+    prefill, decode = (Side(kv_spec=attention_spec(2, 4, 16, *codecs)) for codecs in (source, destination))
+    assert why_refused(prefill, decode) is None
 
 
 def test_a_worker_that_announces_less_is_of_the_release_before() -> None:

@@ -55,7 +55,7 @@ def references(request: pytest.FixtureRequest, write_tiny: Callable, make_hand: 
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
-@pytest.mark.parametrize("kv", ["fp8", "bfloat16", "float32"])
+@pytest.mark.parametrize("kv", ["fp8", "int8_channel", "bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_depend_on_a_tokens_own_prefix_alone(
     references: References, dtype: str, kv: str, data: st.DataObject

@@ -1,6 +1,7 @@
 """Our CPU kernels give the answers of the torch ops, to rounding, and bits that depend on a row alone."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_clamped_gates_of_every_size_are_the_definition(dtype: torch.dtype, rows
 
 
 @DTYPES
-@pytest.mark.parametrize("codec", ["fp8", "bf16", "fp32"])
+@pytest.mark.parametrize("codec", ["fp8", "e5m2", "int8", "channel", "bf16", "fp32"])
 @pytest.mark.parametrize("width", [64, 40])
 def test_stored_bytes_are_the_definition(dtype: torch.dtype, codec: str, width: int) -> None:
     x = torch.randn(40, 5, width) * torch.logspace(-6, 4, 40).view(-1, 1, 1)
@@ -281,7 +282,7 @@ def test_stored_bytes_are_the_definition(dtype: torch.dtype, codec: str, width: 
     for ops in (native_ops(dtype), TorchOps(dtype)):
         stored = (planes(2, width, codec), planes(3, width, codec))
         refused = ops.write((x[:, :2], x[:, 2:]), stored, slots)
-        results.append((refused, *(part for plane in stored for part in plane if part is not None)))
+        results.append((refused, *(part for plane in stored for part in plane[:2] if part is not None)))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted)
 
@@ -294,7 +295,7 @@ def test_every_bfloat16_is_stored_as_the_definition_says(spread: int) -> None:
     results = []
     for ops in (native_ops(BF16), TorchOps(BF16)):
         stored = planes(4, 64, "fp8")
-        results.append((ops.write((x,), (stored,), torch.arange(len(x))), *stored))
+        results.append((ops.write((x,), (stored,), torch.arange(len(x))), *stored[:2]))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted)
 
@@ -309,9 +310,13 @@ SINKS = torch.tensor([-40.0, 0.0, 2.5, 60.0, -1.0, 4.0])  # of each head: as goo
 LENGTHS = (150, 1, 64, 65, 300)
 
 
+MIXED = ("e5m2", "int8", "channel/int8", "channel/fp8", "bf16/e5m2", "int8/fp32", "fp32/bf16")
+
+
 @DTYPES
-@pytest.mark.parametrize("codec", ["fp8", "bf16", "fp32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("codec", "kind"), [*product(("fp8", "bf16", "fp32"), KINDS), *((codec, "window") for codec in MIXED)]
+)
 def test_attention_is_the_definition(dtype: torch.dtype, codec: str, kind: str) -> None:
     total, heads, kv_heads, width = sum(LENGTHS), 6, 2, 40 if codec == "bf16" else 64
     kv = [torch.randn(total, kv_heads, width).to(dtype) for _ in range(2)]
@@ -362,14 +367,12 @@ def test_a_sink_is_a_key_without_a_value(dtype: torch.dtype) -> None:
     assert (attended(k, v, None).float() - with_key.float()).abs().max() > 0.01
 
 
-@DTYPES
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torch.dtype, kind: str) -> None:
+def check_bits_of_rows(dtype: torch.dtype, kind: str, codec: str) -> None:
     length, heads, kv_heads, width = 260, 6, 2, 64
     kv = [torch.randn(length, kv_heads, width).to(dtype) for _ in range(2)]
     q = torch.randn(length, heads, width).to(dtype)
     one, two = native_ops(dtype, 1), native_ops(dtype, 2)
-    cache = Cache(one, (length,), kv, "fp8")
+    cache = Cache(one, (length,), kv, codec)
 
     def attend(ops: NativeOps, start: int, count: int) -> torch.Tensor:
         layout = ops.lay_out([Span(0, start, count, cache.tables[0])], BLOCK)
@@ -384,6 +387,31 @@ def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torc
     pieces = ((0, 1), (0, 17), (17, 100), (63, 2), (64, 64), (128, 3), (130, 1), (131, 5), (200, 1), (255, 5), (259, 1))
     for start, count in pieces:
         assert same(attend(one, start, count), whole[start : start + count]), (start, count)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype: torch.dtype, kind: str) -> None:
+    check_bits_of_rows(dtype, kind, "fp8")
+
+
+@DTYPES
+@pytest.mark.parametrize("codec", ["e5m2", "channel/int8"])
+def test_rows_of_attention_to_other_codecs_have_the_same_bits(dtype: torch.dtype, codec: str) -> None:
+    check_bits_of_rows(dtype, "window", codec)
+
+
+@DTYPES
+def test_keys_per_channel_are_stored_alike_in_one_step_or_in_many(dtype: torch.dtype) -> None:
+    x = torch.randn(40, 2, 64) * torch.where(torch.arange(64) % 32 == 5, 30.0, 1.0)
+    slots, stored = torch.arange(40).flip(0) + 3 * BLOCK, []
+    for pieces in ((40,), (7, 1, 20, 12)):
+        plane, ops = planes(2, 64, "channel"), native_ops(dtype, 2)
+        for rows, to in zip(x.to(dtype).flip(0).split(pieces), slots.flip(0).split(pieces), strict=True):
+            ops.write((rows.flip(0),), (plane,), to.flip(0).contiguous())
+        stored.append(plane)
+    assert torch.equal(stored[0].payload, stored[1].payload)
+    assert torch.equal(stored[0].scales, stored[1].scales)
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 16, 33, 400])
@@ -447,8 +475,10 @@ def test_older_machines_compute_the_same_to_rounding(level: str, monkeypatch: py
         test_linear_is_the_definition_for_every_number_of_rows(dtype, "none", 64)
         test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype, "int8")
         test_a_row_of_a_linear_has_the_same_bits_in_any_company_and_with_any_threads(dtype, "none")
-        test_stored_bytes_are_the_definition(dtype, "fp8", 64)
-        test_attention_is_the_definition(dtype, "fp8", "window")
+        for codec in ("fp8", "e5m2", "channel"):
+            test_stored_bytes_are_the_definition(dtype, codec, 64)
+        for codec in ("fp8", "e5m2", "int8", "channel/int8"):
+            test_attention_is_the_definition(dtype, codec, "window")
         test_attention_is_the_definition(dtype, "fp8", "sinks")
         test_a_row_of_attention_has_the_same_bits_however_it_is_computed(dtype, "softcap")
         test_gates_are_the_definition(dtype, "gelu_tanh", "none")

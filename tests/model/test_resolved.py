@@ -79,3 +79,13 @@ def test_a_draft_model_has_the_arithmetic_of_the_model_beside_it(family_director
 def test_a_draft_model_with_recurrent_layers_is_refused_by_name(family_directory: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"speculation.model is .*recurrent layers"):
         resolve_draft(family_directory("qwen3-next"), ModelConfig(), "auto", "cpu", native)
+
+
+@pytest.mark.parametrize("codec", ["int8_channel", "bfloat16/fp8"])
+def test_one_latent_vector_has_one_codec(codec: str, family_directory: Callable[[str], Path]) -> None:
+    latent = family_directory("deepseek-v2")
+    model = resolve(latent, ModelConfig(), "int8", "cpu", native)
+    assert [component.codec for component in model.kv_spec.main.components] == [5, 5]
+    with pytest.raises(ConfigError, match="caches one vector for keys and values"):
+        resolve(latent, ModelConfig(), codec, "cpu", native)
+    assert resolve(family_directory("qwen3"), ModelConfig(), codec, "cpu", native).codec == codec

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from twostroke.kernels.reference import silu_mul, store_kv
-from twostroke.kv.spec import CODEC_NAMES, attention_spec, mla_spec
+from twostroke.kv.spec import attention_spec, codec_ids, mla_spec
 from twostroke.kv.store.store import KvStore
 from twostroke.model.ops.elementwise import activated, sigmoid, softcapped
 from twostroke.model.ops.seam import Norm
 from twostroke.model.ops.torch_ops import TorchOps
 
-CODECS = ["fp8", "bfloat16", "float32"]
+CODECS = ["fp8", "fp8_e5m2", "int8", "int8_channel", "bfloat16", "float32"]
 
 
 def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,7 @@ def random(*shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("latent", [False, True], ids=["kv", "latent"])
 def test_writes_what_the_reference_defines(codec: str, latent: bool) -> None:
-    spec = mla_spec(2, 24, 8, CODEC_NAMES[codec]) if latent else attention_spec(2, 3, 16, CODEC_NAMES[codec])
+    spec = mla_spec(2, 24, 8, codec_ids(codec)[0]) if latent else attention_spec(2, 3, 16, *codec_ids(codec))
     ours, definition = (KvStore(spec, 4, 16) for _ in range(2))
     wide = random(20, 200)  # parts may be views of wider rows
     first, second = spec.main.components

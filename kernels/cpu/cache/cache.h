@@ -12,10 +12,14 @@ using namespace simd;
 
 // Positions per tile. Block sizes are multiples of 16 tokens, so 16 rows of a head are always contiguous.
 constexpr int TILE = 64, GROUPS = TILE / LANES;
+constexpr int ANCHOR_TOKENS = 16;    // rows that share the factors of their channels
+constexpr int MOST_CHANNELS = 1024;  // widest row of CHANNEL keys
 
-inline int number_bytes(int codec) { return codec == FP8 ? 1 : codec == BFLOAT16 ? 2 : 4; }
+constexpr bool is_bytes(int codec) { return codec == FP8 || codec == E5M2 || codec == INT8 || codec == CHANNEL; }
+constexpr int number_bytes(int codec) { return is_bytes(codec) ? 1 : codec == BFLOAT16 ? 2 : 4; }
 
-// Sixteen numbers of a row from `at` on, without its scale; fp8 numbers are divided by 256. WHOLE: no number is missing.
+// Sixteen numbers of a row from `at` on, without its scale; FP8 numbers are divided by 256, CHANNEL numbers lack the factors of
+// their channels. WHOLE: no number is missing.
 template <int CODEC, bool WHOLE>
 inline F32 numbers(const uint8_t* row, int at, int width) {
     const int count = WHOLE ? LANES : std::min(LANES, width - at);
@@ -23,19 +27,32 @@ inline F32 numbers(const uint8_t* row, int at, int width) {
     U8x16 codes{};
     U16x16 bits{};
     F32 v{};
-    void* to = CODEC == FP8 ? (void*)&codes : CODEC == BFLOAT16 ? (void*)&bits : (void*)&v;
-    const int size = CODEC == FP8 ? 1 : CODEC == BFLOAT16 ? 2 : 4;
+    constexpr int size = number_bytes(CODEC);
+    void* to = size == 1 ? (void*)&codes : size == 2 ? (void*)&bits : (void*)&v;
     if (WHOLE)
         std::memcpy(to, row + (int64_t)at * size, LANES * size);
     else
         std::memcpy(to, row + (int64_t)at * size, count * size);
-    return CODEC == FP8 ? decode_e4m3_by_256(codes) : CODEC == BFLOAT16 ? widen(bits) : v;
+    if constexpr (CODEC == FP8) return decode_e4m3_by_256(codes);
+    if constexpr (CODEC == E5M2) return decode_e5m2(codes);
+    if constexpr (CODEC == INT8 || CODEC == CHANNEL) return widen_i8(&codes);
+    return CODEC == BFLOAT16 ? widen(bits) : v;
+}
+
+// Call `each` with the codec of a plane, FP8, E5M2 or INT8, as a constant.
+template <class Each>
+inline void with_codec(int codec, const Each& each) {
+    switch (codec) {
+        case E5M2: return each(std::integral_constant<int, E5M2>());
+        case INT8: return each(std::integral_constant<int, INT8>());
+        default: each(std::integral_constant<int, FP8>());
+    }
 }
 
 // Addresses of the rows of one head and one tile.
 struct TileRows {
     const uint8_t* rows[GROUPS];     // of sixteen tokens each; null where the sequence holds none
-    const uint8_t* exponents[GROUPS];  // fp8: their scales
+    const uint8_t* exponents[GROUPS];  // one byte per number: their scales
     int row_bytes;
 
     TileRows(const Plane& plane, const AttendSpan& span, int head, int tile, int held)
@@ -47,7 +64,7 @@ struct TileRows {
             const int64_t block = span.blocks[position / plane.block_tokens];
             const int64_t place = (block * plane.heads + head) * plane.block_tokens + position % plane.block_tokens;
             rows[g] = plane.payload + place * row_bytes;
-            if (plane.codec == FP8) exponents[g] = plane.scales + place;
+            if (is_bytes(plane.codec)) exponents[g] = plane.scales + place;
         }
     }
     // Scales of a group's rows. divided: the numbers were divided by 256, so the scales are multiplied by it.
@@ -56,6 +73,32 @@ struct TileRows {
         return (F32)((widen_u8(exponents[g]) + (divided ? 8u : 0u)) << 23);
     }
 };
+
+// Bits of an integer 0..127 that count: the exponent of its float32.
+inline I32 significant_bits(F32 magnitude) {
+    const I32 bits = (I32)((U32)magnitude >> 23) - 126;
+    return bits & (I32)(bits > 0);
+}
+// Powers of two [width, padded to 32 by ones] by which the channels of rows 1 to 15 were divided, from the integers of row 0.
+// Definition: kernels/reference_codecs.py: channel_exponents.
+inline void channel_factors(const uint8_t* anchor, int width, float* factors) {
+    int total = 0;
+    int8_t partners[MOST_CHANNELS + LANES] = {}, own[MOST_CHANNELS + LANES] = {};
+    const int half = width / 2;
+    std::memcpy(own, anchor, width);
+    std::memcpy(partners + half, anchor, width - half);
+    std::memcpy(partners, anchor + width - half, half);
+    I32 sums{};
+    for (int i = 0; i < width; i += LANES) sums += significant_bits(absolute(widen_i8(own + i)));
+    for (int i = 0; i < LANES; i++) total += sums[i];
+    const int level = (total + width - 1) / width;
+    for (int i = 0; i < (width + 31) / 32 * 32; i += LANES) {
+        const F32 a = absolute(widen_i8(own + i)), b = absolute(widen_i8(partners + i));
+        I32 exponent = significant_bits(larger(a, b)) - (level + 1);
+        exponent = exponent & (I32)(exponent > 0);
+        store(factors + i, (F32)((exponent + 127) << 23));
+    }
+}
 
 // Software prefetch of the next tile, line by line during other work: blocks are scattered, so the hardware prefetcher does
 // not find them.
@@ -70,18 +113,23 @@ struct Ahead {
 };
 
 // Transpose sixteen keys into `to` [steps][16 keys], 32 bits per key and step: two bfloat16 neighbours, or one float32.
+// factors: null, or of the channels of rows 1 to 15 (CHANNEL), padded to 32.
 template <bool PAIRS, int CODEC, bool WHOLE>
-inline void take_keys(const uint8_t* rows, int width, int steps, uint32_t* to) {
+inline void take_keys(const uint8_t* rows, int width, int steps, uint32_t* to, const float* factors = nullptr) {
     const int row_bytes = width * number_bytes(CODEC);
     for (int k = 0; k < steps; k += LANES) {
         U32 m[16];
 #pragma GCC unroll 16
         for (int j = 0; j < LANES; j++) {
             const uint8_t* row = rows + j * row_bytes;
+            const auto some = [&](int at) {
+                const F32 v = numbers<CODEC, WHOLE>(row, at, width);
+                return CODEC == CHANNEL && j > 0 ? v * load<F32>(factors + at) : v;
+            };
             if (PAIRS)
-                m[j] = pack_exact(numbers<CODEC, WHOLE>(row, 2 * k, width), numbers<CODEC, WHOLE>(row, 2 * k + LANES, width));
+                m[j] = pack_exact(some(2 * k), some(2 * k + LANES));
             else
-                m[j] = (U32)numbers<CODEC, WHOLE>(row, k, width);
+                m[j] = (U32)some(k);
         }
         transpose(m);
 #pragma GCC unroll 16
@@ -113,8 +161,9 @@ struct Values {
         return numbers<CODEC, WHOLE>(tile.rows[j / LANES] + j % LANES * tile.row_bytes, column, width);
     }
 };
-// The same for fp8, 64 columns at a time, in another column order (simd.h: restore_columns). Every code decodes to a finite
-// number.
+// The same for FP8, E5M2 and INT8, 64 columns at a time, in another column order (simd.h: restore_columns). Every code decodes to
+// a finite number.
+template <int CODEC>
 struct ValuesBy64 {
     static constexpr bool READS_SINGLE = false;
     const TileRows& tile;
@@ -125,7 +174,7 @@ struct ValuesBy64 {
         const uint8_t* row = tile.rows[group] + at;
         ahead.ask(group, at), ahead.ask(group, at + tile.row_bytes);
         U32 all[4];
-        decode_two_rows(row, row + tile.row_bytes, all);
+        decode_two_rows<CODEC>(row, row + tile.row_bytes, all);
 #pragma GCC unroll 4
         for (int c = 0; c < WIDE; c++) to[c] = all[c];  // WIDE is 4 for these rows
     }
