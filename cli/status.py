@@ -67,6 +67,10 @@ def status(
         console.print(_pairs(cluster))
     if any(worker.get("gpus") for worker in cluster["workers"]):
         console.print(_gpus(cluster))
+    for worker in cluster["workers"]:
+        if worker.get("counters", {}).get("kv_guard_exceeded"):
+            told = f"{worker['worker_id']}: its KV cache differs from bfloat16 by more than cache.guard_bound allows"
+            console.print(f"{told}; restart it with another --kv-cache-dtype", markup=False, highlight=False)
     for gpu in cluster.get("cordoned_gpus", ()):
         console.print(
             f"cordoned: {gpu['uuid']} ({gpu['name'] or '?'}) of {gpu['worker_id']}, {gpu['since_s']:,.0f} s ago: "

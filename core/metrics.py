@@ -224,15 +224,26 @@ def _handover_counter(side: str, field: str) -> str:
     return _MISMATCHES[side] if field == "mismatches" else f"handover_{side}_{field}"
 
 
+GUARD_DIVERGENCE = Metric(
+    "twostroke_kv_cache_divergence_nats",
+    Kind.HISTOGRAM,
+    "Sampled prompts: KL per token of a bfloat16 cache against the served one (cache.guard_bound)",
+    buckets.NATS,
+)
+GUARD_EXCEEDED = Metric(
+    "twostroke_kv_cache_guard_exceeded", Kind.GAUGE, "Workers whose KV cache differs by more than cache.guard_bound"
+)
+
 SPREAD_BY_ENGINES = {
     "iteration_tokens": ITERATION_TOKENS,
     "block_lifetime_s": BLOCK_LIFETIME,
     "block_idle_s": BLOCK_IDLE,
     "block_reuse_gap_s": BLOCK_REUSE_GAP,
+    "kv_guard_nats": GUARD_DIVERGENCE,
 }
 """Histograms by their name in a load report."""
 
-OF_ENGINES = (GENERATION_TOKENS, *COUNTED_BY_ENGINES, *SPREAD_BY_ENGINES.values())
+OF_ENGINES = (GENERATION_TOKENS, *COUNTED_BY_ENGINES, GUARD_EXCEEDED, *SPREAD_BY_ENGINES.values())
 
 RUNNING = Metric("vllm:num_requests_running", Kind.GAUGE, "Sequences that steps compute")
 WAITING = Metric("vllm:num_requests_waiting", Kind.GAUGE, "Sequences before their first step")
@@ -345,6 +356,7 @@ def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[st
     for side in SIDES:
         for field, metric in HANDOVER_STREAMS.items():
             board.set(metric, *labels, side, value=counters.get(_handover_counter(side, field), 0))
+    board.set(GUARD_EXCEEDED, *labels, value=counters.get("kv_guard_exceeded", 0))
     for name, metric in SPREAD_BY_ENGINES.items():
         spread = spreads.get(name)
         if spread is not None and len(spread.counts) == len(metric.bounds) + 1:

@@ -20,7 +20,8 @@ from ..kv.section import HeldTokens, SectionData
 from ..kv.store.host_store import HostStore
 from ..kv.store.store import KvStore
 from .core import EngineCore
-from .link.messages import AdapterCommand, AdapterRefused, DropAdapter, Ended, Event, LoadAdapter, LoadNews
+from .guard.idle import IdleGuard
+from .link.messages import AdapterCommand, AdapterRefused, DropAdapter, Ended, Event, LoadAdapter, LoadNews, Submit
 from .link.thread_link import ThreadLink
 from .plan import StepPlan, StepResult
 from .speculation.draft_model.plan import DraftPlan, DraftResult, all_failed
@@ -119,9 +120,11 @@ class Engine:
         over_ranks: Callable[[Store], Store] | None = None,
         adapters: AdapterHost | None = None,
         drafter: Drafter | None = None,
+        guard: IdleGuard | None = None,
     ) -> None:
         """`host` has as many blocks as the core's limits say; None: no swapping. `adapters` None: each is refused.
 
+        `guard`: of the cache's codec; None: it is not watched.
         `over_ranks`: makes the store of all ranks from that of rank 0. None: there is one rank.
         `drafter`: the draft model, if the core plans for one.
         """
@@ -135,6 +138,7 @@ class Engine:
         self._turns = Turn(core, whole, link.emit, _log_refusal, None if drafter is None else self._draft)
         self._link = link
         self._adapters = adapters
+        self._guard = guard
         self._clock = clock
         self._pace = StepTimeModel()
         self._phase = "loading"
@@ -203,6 +207,8 @@ class Engine:
             if isinstance(command, AdapterCommand):
                 self._change_adapters(command)
             else:
+                if self._guard is not None and isinstance(command, Submit) and not command.adapter_slot:
+                    self._guard.saw(command.prompt_ids)
                 self._turns.take(command, self._clock.now_s())
         if self._fault is not None:
             raise self._fault
@@ -211,6 +217,8 @@ class Engine:
         if plan is None:
             self._phase = "idle"
             self._check(now_s)
+            if self._guard is not None:
+                self._guard.turn()
         else:
             self._step(plan, now_s)
         now_s = self._clock.now_s()
@@ -233,6 +241,9 @@ class Engine:
             return PEER_WAIT_S if self._is_for_peers else 0.0
         deadline_s = self._core.next_deadline_s()
         wake_s = self._next_beat_s if deadline_s is None else min(self._next_beat_s, deadline_s)
+        guarded_s = None if self._guard is None else self._guard.wake_s()
+        if guarded_s is not None:
+            wake_s = min(wake_s, guarded_s)
         return max(wake_s - self._clock.now_s(), 0.0)
 
     def _step(self, plan: StepPlan, planned_s: float | None = None) -> None:
@@ -264,6 +275,8 @@ class Engine:
         since_s = began_s if planned_s is None else planned_s
         self._core.time_step(plan, result, (now_s - since_s) * 1000 - self._catch_up_ms)
         self._turns.apply(plan, result, now_s)
+        if self._guard is not None:
+            self._guard.worked()
         if self._core.num_waiting:
             self._beat(now_s)
 
@@ -306,8 +319,13 @@ class Engine:
     # ------------------------------------------------------------------ beat and checks between steps
 
     def _load(self, now_s: float) -> LoadNews:
+        news = self._core.load(now_s)
+        if self._guard is not None:
+            counters = dict(news.counters) | dict(self._guard.counters)
+            spreads = (*news.spreads, ("kv_guard_nats", self._guard.spread))
+            news = replace(news, counters=tuple(sorted(counters.items())), spreads=spreads)
         return replace(
-            self._core.load(now_s),
+            news,
             phase=self._phase,
             prefill_ms_per_token=self._pace.prefill_ms_per_token,
             prefill_ms_per_token_pair=self._pace.prefill_ms_per_token_pair,

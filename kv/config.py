@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..core.config import Section
-from .spec import pair_name
+from .spec import codec_ids, is_rounded, pair_name
 
 CodecName = Literal[
     "auto",
@@ -76,6 +76,16 @@ class CacheConfig(Section):
         description="shared memory or slots of channels per worker for hand-overs; those beyond it go through grpc",
     )
 
+    guard_bound: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="watch the codec in idle time: sampled prompts are computed over a bfloat16 cache too; if the mean "
+        "divergence per token (nats) exceeds this, log, status and metrics say so; default: no watching",
+    )
+    guard_share: float = Field(0.05, gt=0, le=1, description="of prompts that guard_bound samples")
+    guard_tokens: int = Field(1024, ge=64, le=1 << 16, description="of a sampled prompt, its first ones")
+
     journal_bytes_per_s: float = Field(
         64 << 20,
         gt=0,
@@ -92,6 +102,13 @@ class CacheConfig(Section):
     def codec(self) -> str:
         """Name of the codecs of keys and values, as `kv.spec.pair_name` makes it."""
         return pair_name(self.key_dtype or self.dtype, self.value_dtype or self.dtype)
+
+    @property
+    def guarded_tokens(self) -> int:
+        """Tokens of the two caches that `guard_bound` needs; 0: the codec is not watched, or it rounds nothing."""
+        if self.guard_bound is None or not any(is_rounded(codec) for codec in codec_ids(self.codec)):
+            return 0
+        return self.guard_tokens
 
     @property
     def shared_bytes(self) -> int:

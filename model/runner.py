@@ -78,6 +78,12 @@ class Runner:
         self._masks: GrammarMasks | None = None
         self._adapters: dict[int, LoadedAdapter] = {}
 
+    @property
+    def decoder(self) -> Decoder:
+        """The model, after `warm_up`."""
+        assert self._decoder is not None, "warm_up comes first"
+        return self._decoder
+
     def serve_grammars(self, start: StartMatcher) -> None:
         """Sample sequences that have a grammar by the matchers that `start` makes. Call it before the first step."""
         self._masks = GrammarMasks(start)

@@ -107,6 +107,7 @@ def size_worker(
         decisions.append(Decision("cache.state_snapshots", _told(states.num_snapshots), states.reason))
     tokens, rows = step.max_num_batched_tokens, step.max_num_seqs
     activation_bytes = tokens * model.step_bytes.per_token + rows * model.step_bytes.per_row
+    activation_bytes += cache.guarded_tokens * (model.kv_spec.bytes_per_token + model.kv_spec.bf16_bytes_per_token)
     facts = MemoryFacts(
         memory_bytes,
         model.weight_bytes,

@@ -34,6 +34,7 @@ from ..text.tokenizer import Tokenizer
 from .adapters import ReadAdapter
 from .assembly import engine_core, face_facts
 from .automatic import SizedWorker, size_worker
+from .codec_guard import codec_guard, refuse_guard
 from .machine import cores, cores_of_rank, machine_facts, pin_thread
 from .rank_order import RankOrder
 from .rank_work import Leader, SlicedStore
@@ -134,8 +135,12 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     if ranks is None:
         adapters = AdapterLoader(runner, present, adapter_limits)
         drafter = None if guessing is None else guessing.drafter
-        engine = Engine(core, runner, runner.store, link, clock, host=host, adapters=adapters, drafter=drafter)
+        engine = Engine(
+            core, runner, runner.store, link, clock, host=host, adapters=adapters, drafter=drafter,
+            guard=codec_guard(cache, resolved, runner, clock),
+        )  # fmt: skip
         return BuiltEngine(engine, link, facts, tokenizer, pool_size, read)
+    refuse_guard(cache, "several tensor-parallel ranks")
     sender, group = ranks.sender, ranks.group
     slices = RankSlices(model.kv_spec, group.size)
     leader = Leader(runner, sender, group, _cores(settings, 0))

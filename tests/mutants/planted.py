@@ -7,6 +7,7 @@ import planted_adoption
 import planted_api
 import planted_certificates
 import planted_dialects
+import planted_codecs
 import planted_discovery
 import planted_doors
 import planted_draft_model
@@ -69,6 +70,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/handover/frames": ("tests/kv/test_wire.py", "tests/decode_worker/test_pull.py"),
     "kv/handover/transports/paired_end": ("tests/kv/test_paired_end.py",),
     "kv/handover/fetching": ("tests/kv/test_fetching.py",),
+    "kv/handover/pairing": ("tests/kv/test_pairing.py",),
+    "kv/codec": ("tests/kv/test_codec.py", "tests/kv/test_byte_codecs.py"),
+    "kernels/reference_codecs": ("tests/kv/test_byte_codecs.py",),
+    "kv/spec": ("tests/kv/test_codec_choice.py",),
+    "engine/guard/": ("tests/engine/test_codec_guard.py",),
+    "model/codec_guard": ("tests/model/test_codec_guard.py",),
     "kv/handover/": (*_MACHINES, "tests/kv/test_handover_pair.py"),
     "kv/digest": ("tests/kv/test_digest.py", "tests/kv/test_wire.py"),
     "kv/windows": ("tests/kv/test_windows.py",),
@@ -135,7 +142,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/link/rank_link": ("tests/engine/test_rank_link.py",),
     "worker/rank_work": ("tests/worker/test_rank_work.py",),
     "engine/link/client": ("tests/engine/test_client.py", "tests/engine/test_thread_link.py"),
-    "engine/loop": ("tests/engine/test_engine.py",),
+    "engine/loop": ("tests/engine/test_engine.py", "tests/model/test_codec_guard.py"),
     "engine/turn": ("tests/engine/test_turn.py", *_ENGINE, "tests/engine/test_swap.py"),
     "engine/swap": (*_ENGINE, "tests/engine/test_swap.py"),
     "engine/integrity": (*_ENGINE, "tests/engine/test_engine_lives.py"),
@@ -327,4 +334,5 @@ MUTANTS = [
     *planted_dialects.MUTANTS,
     *planted_fetching.MUTANTS,
     *planted_int4.MUTANTS,
+    *planted_codecs.MUTANTS,
 ]

@@ -1,0 +1,34 @@
+"""Mutants of the cache's codecs and of their guard."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant("engine/guard/machine.py", "        if len(prompt_ids) < LEAST_TOKENS:\n            return\n", ""),
+    Mutant("engine/guard/machine.py", "        self._credit_share -= 1.0\n", ""),
+    Mutant("engine/guard/machine.py", "tuple(prompt_ids[: self._limits.max_tokens])", "tuple(prompt_ids)"),
+    Mutant("engine/guard/machine.py", "            self._samples.popleft()\n", ""),
+    Mutant("engine/guard/machine.py", "self._worked_s + self._limits.idle_s", "self._limits.idle_s"),
+    Mutant("engine/guard/machine.py", "        self._allowed_s -= took_s\n", ""),
+    Mutant("engine/guard/machine.py", "len(self._recent) < LEAST_SCORES or ", ""),
+    Mutant("engine/guard/machine.py", "mean <= self._limits.bound_nats", "divergence <= self._limits.bound_nats"),
+    Mutant("engine/guard/machine.py", "if self.verdict is not None or len", "if len"),
+    Mutant("engine/guard/machine.py", "len(self._current) - SCORED_ROWS", "len(self._current) - PART_TOKENS"),
+    Mutant(
+        "engine/guard/machine.py",
+        "self._current, self._done, self._sum, self._rows = None, 0, 0.0, 0",
+        "self._current, self._done = None, 0",
+    ),
+    Mutant("engine/guard/idle.py", "            self._guard.failed()\n            return\n", "            return\n"),
+    Mutant("engine/loop.py", "            if self._guard is not None:\n                self._guard.turn()\n", ""),
+    Mutant("engine/loop.py", "                    self._guard.saw(command.prompt_ids)\n", "                    pass\n"),
+    Mutant("model/codec_guard.py", "max(part.first_scored, part.start) - part.start", "0"),
+    Mutant("kv/handover/pairing.py", "    if twice is not None:\n", "    if False:\n"),
+    Mutant("kv/handover/pairing.py", "is_rounded(found) and is_rounded(component.codec)", "is_rounded(found)"),
+    Mutant("kv/codec.py", "    spread[..., ::ANCHOR_TOKENS, :] = 0\n", ""),
+    Mutant("kv/codec.py", "_significant_bits(np.maximum(magnitude, partner))", "_significant_bits(magnitude)"),
+    Mutant("kv/codec.py", "    anchors[refused[..., ::ANCHOR_TOKENS]] = 0\n", ""),
+    Mutant("kernels/reference_codecs.py", "masked_fill(is_anchor.view(-1, 1, 1), 0)", "clone()"),
+    Mutant("kv/spec.py", "    if values == KEYS_ONLY:\n", "    if False:\n"),
+]
