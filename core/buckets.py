@@ -23,6 +23,6 @@ RESIDENCY_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800),
 )
-NATS = tuple(mantissa * 10.0**exponent for exponent in range(-6, 1) for mantissa in (1, 2, 5))
+NATS = tuple(float(f"{mantissa}e{exponent}") for exponent in range(-6, 1) for mantissa in (1, 2, 5))
 TRANSFER_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 5, 30)
 TRANSFER_BYTES = tuple(2**exponent for exponent in range(11, 36, 2))

@@ -36,11 +36,11 @@ class CodecScorer:
         """KL(wide ‖ served) of the part's scored rows."""
         first = max(part.first_scored, part.start) - part.start
         wide, served = (self._rows(part, store) for store in self._stores)
-        if first >= part.count:
+        if first >= part.num_tokens:
             return PartScore(0.0, 0)
-        expected, got = (self._logs(rows, first, part.count) for rows in (wide, served))
+        expected, got = (self._logs(rows, first, part.num_tokens) for rows in (wide, served))
         divergences = (expected.exp() * (expected - got)).sum(-1)
-        return PartScore(float(divergences.clamp(min=0.0).sum()), part.count - first)
+        return PartScore(float(divergences.clamp(min=0.0).sum()), part.num_tokens - first)
 
     def _rows(self, part: Part, store: KvStore) -> Tensor:
         ids = part.ids[part.start :]

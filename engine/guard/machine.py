@@ -43,7 +43,7 @@ class Part(NamedTuple):
     first_scored: int  # rows from this position on are scored
 
     @property
-    def count(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens to compute."""
         return len(self.ids) - self.start
 
