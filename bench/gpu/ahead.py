@@ -87,12 +87,15 @@ class Shape:
         shape = (*lead, 256, self.kv_heads, _BLOCK_TOKENS)
         if self.codec == "bf16":
             return Planes(self.tensor(*shape, 2 * self.width, dtype=torch.uint8), None)
-        return Planes(self.tensor(*shape, self.width, dtype=torch.uint8), self.tensor(*shape, dtype=torch.uint8))
+        payload, scales = (self.tensor(*sizes, dtype=torch.uint8) for sizes in ((*shape, self.width), shape))
+        return Planes(payload, scales, {"int8": "int8", "e5m2": "e5m2"}.get(self.codec))  # type: ignore[arg-type]
 
 
 SHAPES = {
     "llama-3-8b, fp8": Shape(32, 8, 128, 4096, 14336),
     "llama-3-8b, bf16": Shape(32, 8, 128, 4096, 14336, codec="bf16"),
+    "llama-3-8b, int8": Shape(32, 8, 128, 4096, 14336, codec="int8"),
+    "llama-3-8b, e5m2": Shape(32, 8, 128, 4096, 14336, codec="e5m2"),
     "qwen2.5-0.5b, fp8": Shape(14, 2, 64, 896, 4864),
     "phi-3-mini, fp8": Shape(32, 32, 96, 3072, 8192, turned=72, window=2047),
     "gemma-2-9b, fp8": Shape(16, 8, 256, 3584, 14336, window=4096, softcap=50.0, gemma=True),

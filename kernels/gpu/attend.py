@@ -2,7 +2,8 @@
 
 Decode and prefill take keys in tiles of 64 absolute positions, in splits of 256 that have a running maximum each, and
 combine the splits in order. So both sum in one order, which does not depend on batch, chunk or table length.
-Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022. Knows FP8 and bf16 planes.
+Source: online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022.
+Knows planes of one byte per number (byte_codes.py) and of bf16.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Planes
+from .byte_codes import check_codes, e5m2_numbers
 from .e4m3 import cast_e4m3, decode_e4m3_by_256, scale_of, scale_times_256
 
 SPLIT_TOKENS = 256
@@ -25,20 +27,25 @@ _LOG2_E = math.log2(math.e)
 
 @triton.jit
 def load_stored(  # noqa: PLR0917
-    payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr
+    payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, CODE: tl.constexpr, CASTS: tl.constexpr
 ):
     """Load rows of the store: exact bf16 numbers [tokens, width], and their float32 power-of-two scales [tokens].
 
-    CASTS: the GPU decodes FP8 by an instruction. Without it, numbers are divided and scales multiplied by 256.
+    CODE: see `byte_codes.py`. CASTS: the GPU decodes e4m3 by an instruction; without it, e4m3 numbers are divided and
+    scales multiplied by 256.
     """
     numbers = payload_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
     real = seen[:, None] & (column < WIDTH)[None, :]
-    if FP8:
+    if CODE:
         code = tl.load(numbers, mask=real, other=0)
         byte = tl.load(scales_ptr + row, mask=seen, other=0).to(tl.int32)
-        if CASTS:
+        if CODE == 2:
+            return e5m2_numbers(code.to(tl.int32)).to(tl.bfloat16), scale_of(byte)
+        elif CODE == 3:  # noqa: RET505
+            return code.to(tl.int8, bitcast=True).to(tl.float32).to(tl.bfloat16), scale_of(byte)
+        elif CASTS:
             return cast_e4m3(code), scale_of(byte)
-        else:  # noqa: RET505
+        else:
             return decode_e4m3_by_256(code.to(tl.int32)).to(tl.bfloat16), scale_times_256(byte)
     else:
         return tl.load(numbers, mask=real, other=0.0), tl.full(row.shape, 1.0, tl.float32)
@@ -46,11 +53,11 @@ def load_stored(  # noqa: PLR0917
 
 @triton.jit
 def load_scaled(  # noqa: PLR0917
-    payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr
+    payload_ptr, scales_ptr, row, column, seen, WIDTH: tl.constexpr, CODE: tl.constexpr, CASTS: tl.constexpr
 ):
     """Load rows of the store multiplied by their scales: exact in bf16, and equal to the store kernel's scratch."""
-    numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, seen, WIDTH, FP8, CASTS)
-    if FP8:
+    numbers, scale = load_stored(payload_ptr, scales_ptr, row, column, seen, WIDTH, CODE, CASTS)
+    if CODE:
         numbers = (numbers.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
     return numbers
 
@@ -126,7 +133,7 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
 
 
 def numbers_of(planes: Planes) -> Tensor:
-    """The payload as one number per element: uint8 codes of FP8, or bf16."""
+    """The payload as one number per element: uint8 codes of CODE, or bf16."""
     return planes.payload if planes.scales is not None else planes.payload.view(torch.bfloat16)
 
 
@@ -145,6 +152,7 @@ def check_attention(q: Tensor, k_planes: Planes, v_planes: Planes, block_tables:
     num_seqs, q_heads, width = len(context_lens), q.shape[1], q.shape[2]
     if not q.is_contiguous() or q.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"q is {q.dtype}, strides {q.stride()}; must be contiguous bf16 or float32")
+    check_codes(k_planes, v_planes)
     for planes in (k_planes, v_planes):
         if planes.payload.shape[-1] != (2 * width if planes.scales is None else width):
             raise ValueError(

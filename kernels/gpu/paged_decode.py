@@ -29,6 +29,7 @@ from .attend import (
     score_factors,
     weigh_keys,
 )
+from .byte_codes import code_of
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_splits", "window"])
@@ -37,7 +38,7 @@ def _attend_split_kernel(  # noqa: PLR0917
     out_ptr, top_ptr, total_ptr, score_scale, cap, window, table_stride, num_splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    CODE: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_seqs, kv_heads, num_splits). Splits outside the context or window write nothing."""
@@ -63,12 +64,12 @@ def _attend_split_kernel(  # noqa: PLR0917
         stored = position < context
         block = tl.load(tables_ptr + sequence * table_stride + position // BLOCK_TOKENS, mask=stored, other=0)
         row = (block.to(tl.int64) * KV_HEADS + head) * BLOCK_TOKENS + position % BLOCK_TOKENS
-        k, k_scale = load_stored(k_payload_ptr, k_scales_ptr, row, column, stored, WIDTH, FP8, CASTS)
+        k, k_scale = load_stored(k_payload_ptr, k_scales_ptr, row, column, stored, WIDTH, CODE, CASTS)
         seen = (stored & (position >= first))[None, :]
         weights, top, total, out = weigh_keys(
             q, k, k_scale, seen, top, total, out, score_scale, cap, True, CAPPED, INTERPRETED
         )
-        v, v_scale = load_stored(v_payload_ptr, v_scales_ptr, row, column, stored, WIDTH, FP8, CASTS)
+        v, v_scale = load_stored(v_payload_ptr, v_scales_ptr, row, column, stored, WIDTH, CODE, CASTS)
         out = add_values(weights, v, v_scale, out, True, INTERPRETED)
 
     part = query_head * num_splits + split
@@ -130,7 +131,7 @@ def paged_decode_attention(
     check_attention(q, k_planes, v_planes, block_tables, context_lens)
     check_sinks(sinks, q_heads)
     kv_heads, block_tokens = k_planes.payload.shape[1:3]
-    group, fp8 = q_heads // kv_heads, k_planes.scales is not None
+    group, code = q_heads // kv_heads, code_of(k_planes)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_seqs == 0:
         return out
@@ -143,11 +144,11 @@ def paged_decode_attention(
     config = launch.decode(arch, width_padded, group)
     k, v = numbers_of(k_planes), numbers_of(v_planes)
     _attend_split_kernel[(num_seqs, kv_heads, num_splits)](
-        q, k, k_planes.scales if fp8 else k, v, v_planes.scales if fp8 else v, block_tables, context_lens,
+        q, k, k_planes.scales if code else k, v, v_planes.scales if code else v, block_tables, context_lens,
         parts, top, total, *score_factors(scale, softcap), window or 0, block_tables.stride(0), num_splits,
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, BLOCK_TOKENS=block_tokens,
         ROWS=config.rows, WIDTH_PADDED=width_padded, SPLIT=SPLIT_TOKENS, TILE=TILE_TOKENS,
-        FP8=fp8, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
+        CODE=code, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
         INTERPRETED=launch.interpreted(),
         **launch.options(config.num_warps, config.num_stages),
     )  # fmt: skip

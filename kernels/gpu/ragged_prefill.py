@@ -36,6 +36,7 @@ from .attend import (
     score_factors,
     weigh_keys,
 )
+from .byte_codes import code_of
 
 
 @triton.jit
@@ -63,17 +64,17 @@ def _load_scratch(chunk_ptr, row, column, seen, WIDTH: tl.constexpr):
 @triton.jit
 def _load_tile(  # noqa: PLR0917
     payload_ptr, scales_ptr, chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-    WIDTH: tl.constexpr, FP8: tl.constexpr, CASTS: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr,
+    WIDTH: tl.constexpr, CODE: tl.constexpr, CASTS: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """Load keys or values of a tile, bf16 [tokens, width], from blocks (BLOCKS), scratch (SCRATCH) or both."""
     if SCRATCH:
         numbers = _load_scratch(chunk_ptr, chunk_row, column, in_chunk, WIDTH)
         if BLOCKS:
-            stored = load_scaled(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8, CASTS)
+            stored = load_scaled(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, CODE, CASTS)
             numbers = tl.where(in_chunk[:, None], numbers, stored)
         return numbers
     else:  # noqa: RET505 - the compiler wants both returns at one depth
-        return load_scaled(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, FP8, CASTS)
+        return load_scaled(payload_ptr, scales_ptr, row, column, in_prefix, WIDTH, CODE, CASTS)
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _take_keys(  # noqa: PLR0917
     k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
     top, total, out, score_scale, cap, window,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
-    FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
+    CODE: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCKS: tl.constexpr, SCRATCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load a tile and add it to the running softmax. BLOCKS, SCRATCH: its sources; not MASKED: all rows see all."""
@@ -95,12 +96,12 @@ def _take_keys(  # noqa: PLR0917
     chunk_row = (chunk_start + position - prefix) * KV_HEADS + head
     k = _load_tile(
         k_payload_ptr, k_scales_ptr, k_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-        WIDTH, FP8, CASTS, BLOCKS, SCRATCH,
+        WIDTH, CODE, CASTS, BLOCKS, SCRATCH,
     )  # fmt: skip
     # Values are loaded before the scores: a tile from both sources would not fit the registers beside the weights.
     v = _load_tile(
         v_payload_ptr, v_scales_ptr, v_chunk_ptr, row, chunk_row, column, in_prefix, in_chunk,
-        WIDTH, FP8, CASTS, BLOCKS, SCRATCH,
+        WIDTH, CODE, CASTS, BLOCKS, SCRATCH,
     )  # fmt: skip
     seen = position[None, :] <= query_position[:, None]
     if WINDOWED:
@@ -134,7 +135,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
     tables_ptr, contexts_ptr, starts_ptr, sinks_ptr, out_ptr, score_scale, cap, window, table_stride, num_seqs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    FP8: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
+    CODE: tl.constexpr, CASTS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
     SCRATCH: tl.constexpr, SINKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tokens // TOKENS + num_seqs, kv_heads), TOKENS = ROWS // GROUP. Some programs have no token."""
@@ -179,7 +180,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
             q, query_position, tile, prefix, context, start, table_ptr, head, column,
             k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
             top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-            FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, False, WINDOWED or not SCRATCH,
+            CODE, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, False, WINDOWED or not SCRATCH,
         )  # fmt: skip
     if SCRATCH:
         across = whole + TILE if whole < prefix else whole
@@ -191,7 +192,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
                 q, query_position, tile, prefix, context, start, table_ptr, head, column,
                 k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
                 top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, True, True,
+                CODE, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, True, True, True,
             )  # fmt: skip
         for tile in range(across, end, TILE):
             if (tile % SPLIT == 0) & (tile > begin):
@@ -201,7 +202,7 @@ def _attend_chunks_kernel(  # noqa: PLR0917
                 q, query_position, tile, prefix, context, start, table_ptr, head, column,
                 k_payload_ptr, k_scales_ptr, v_payload_ptr, v_scales_ptr, k_chunk_ptr, v_chunk_ptr,
                 top, total, out, score_scale, cap, window, KV_HEADS, WIDTH, BLOCK_TOKENS, TILE,
-                FP8, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, False, True, True,
+                CODE, CASTS, WINDOWED, CAPPED, PRECISE, INTERPRETED, False, True, True,
             )  # fmt: skip
     top_all, total_all, out_all = _combine(top_all, total_all, out_all, top, total, out)
     if SINKS:
@@ -238,7 +239,7 @@ def ragged_prefill_attention(
     kv_heads, block_tokens = k_planes.payload.shape[1:3]
     check_sinks(sinks, q_heads)
     _check(query_starts, num_seqs, chunk, (num_tokens, kv_heads, width))
-    group, fp8 = q_heads // kv_heads, k_planes.scales is not None
+    group, code = q_heads // kv_heads, code_of(k_planes)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
@@ -248,12 +249,12 @@ def ragged_prefill_attention(
     k, v = numbers_of(k_planes), numbers_of(v_planes)
     _attend_chunks_kernel[(num_tokens // (config.rows // group) + num_seqs, kv_heads)](
         q, k if chunk is None else chunk.k, v if chunk is None else chunk.v,
-        k, k_planes.scales if fp8 else k, v, v_planes.scales if fp8 else v,
+        k, k_planes.scales if code else k, v, v_planes.scales if code else v,
         block_tables, context_lens, query_starts, context_lens if sinks is None else sinks, out,
         *score_factors(scale, softcap), window or 0, block_tables.stride(0), num_seqs,
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, BLOCK_TOKENS=block_tokens,
         ROWS=config.rows, WIDTH_PADDED=width_padded, SPLIT=SPLIT_TOKENS, TILE=TILE_TOKENS,
-        FP8=fp8, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
+        CODE=code, CASTS=launch.casts_fp8(arch), WINDOWED=window is not None, CAPPED=softcap is not None,
         PRECISE=precise, SCRATCH=chunk is not None, SINKS=sinks is not None, INTERPRETED=launch.interpreted(),
         **launch.options(config.num_warps, config.num_stages),
     )  # fmt: skip

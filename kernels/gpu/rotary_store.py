@@ -2,7 +2,8 @@
 
 Definition: `reference_kv.py: rotary_store_kv`; bytes, numbers and digests equal the definition's. The digest is
 computed from the registers that the payload is written from, so that no change between writing and sealing goes
-unnoticed. The caller adds the rows' digests, 64-bit integers, to those of hash blocks. Knows FP8 and bf16 planes.
+unnoticed. The caller adds the rows' digests, 64-bit integers, to those of hash blocks.
+Knows planes of one byte per number (byte_codes.py) and of bf16.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..reference import Planes
 from ..reference_kv import RotaryStored, Rotation, Seal
+from .byte_codes import code_of
 from .e4m3 import round_to
 from .launch import options
 from .rows import check_rows, digest_rows, encode_rows, numbers_of, write_rows
@@ -54,19 +56,19 @@ def _finish_rows(  # noqa: PLR0917
     x, payload_ptr, scales_ptr, scratch_ptr, digests_ptr, word_keys_ptr, scale_keys_ptr, seeds_ptr,
     token, slot, position, layer, component, first_head,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, WORDS: tl.constexpr,
-    HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
+    HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Store and digest one token's rows of one component; returns the number that are not finite."""
     head = tl.arange(0, HEADS_PADDED)
     column = tl.arange(0, WIDTH_PADDED)
     real = (head < HEADS)[:, None] & (column < WIDTH)[None, :]
-    code, byte, rounded, refused = encode_rows(x, FP8)
+    code, byte, rounded, refused = encode_rows(x, CODE)
     scratch = scratch_ptr + (token * HEADS + head[:, None]) * WIDTH + column[None, :]
     tl.store(scratch, rounded.to(scratch_ptr.dtype.element_ty), mask=real)
-    write_rows(code, byte, payload_ptr, scales_ptr, slot, head, column, HEADS, WIDTH, BLOCK_TOKENS, FP8)
+    write_rows(code, byte, payload_ptr, scales_ptr, slot, head, column, HEADS, WIDTH, BLOCK_TOKENS, CODE)
     digests = digest_rows(
         code, byte, position, layer, component, head + first_head, word_keys_ptr, scale_keys_ptr, seeds_ptr,
-        WORDS, HEADS_PADDED, WIDTH_PADDED, FP8,
+        WORDS, HEADS_PADDED, WIDTH_PADDED, CODE,
     )  # fmt: skip
     digests = tl.where(slot >= 0, digests, 0).to(tl.int64, bitcast=True)
     tl.store(digests_ptr + token * HEADS + head, digests, mask=head < HEADS)
@@ -83,7 +85,7 @@ def _rotary_store_kv_kernel(  # noqa: PLR0917
     layer, first_head, k_component, v_component,
     Q_HEADS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, WORDS: tl.constexpr,
-    Q_ROWS: tl.constexpr, HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
+    Q_ROWS: tl.constexpr, HEADS_PADDED: tl.constexpr, WIDTH_PADDED: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tokens, 1 + ceil(Q_HEADS / Q_ROWS)). Part 0 has keys and values of a token, other parts queries."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -102,7 +104,7 @@ def _rotary_store_kv_kernel(  # noqa: PLR0917
         bad = _finish_rows(
             k, k_payload_ptr, k_scales_ptr, k_scratch_ptr, digests_ptr, word_keys_ptr, scale_keys_ptr, seeds_ptr,
             token, slot, position, layer, k_component, first_head,
-            HEADS, WIDTH, BLOCK_TOKENS, WORDS, HEADS_PADDED, WIDTH_PADDED, FP8,
+            HEADS, WIDTH, BLOCK_TOKENS, WORDS, HEADS_PADDED, WIDTH_PADDED, CODE,
         )  # fmt: skip
         rows = v_ptr + token * v_token_stride + head[:, None] * v_head_stride
         v = tl.load(rows + column[None, :], mask=real, other=0.0).to(tl.float32)
@@ -110,7 +112,7 @@ def _rotary_store_kv_kernel(  # noqa: PLR0917
         bad += _finish_rows(
             v, v_payload_ptr, v_scales_ptr, v_scratch_ptr, v_digests_ptr, word_keys_ptr, scale_keys_ptr, seeds_ptr,
             token, slot, position, layer, v_component, first_head,
-            HEADS, WIDTH, BLOCK_TOKENS, WORDS, HEADS_PADDED, WIDTH_PADDED, FP8,
+            HEADS, WIDTH, BLOCK_TOKENS, WORDS, HEADS_PADDED, WIDTH_PADDED, CODE,
         )  # fmt: skip
         tl.store(non_finite_ptr + token, tl.where(slot >= 0, bad, 0))
 
@@ -137,19 +139,19 @@ def rotary_store_kv(
     )
     if tokens == 0:
         return out
-    fp8, padded = k_planes.scales is not None, max(4, triton.next_power_of_2(width))
+    code, padded = code_of(k_planes), max(4, triton.next_power_of_2(width))
     q_rows = max(1, min(triton.next_power_of_2(q.shape[1]), _NUMBERS // padded))
     k_numbers, v_numbers = numbers_of(k_planes), numbers_of(v_planes)
     _rotary_store_kv_kernel[(tokens, 1 + triton.cdiv(q.shape[1], q_rows))](
         q, k, v, slots, rotation.positions, rotation.cos, rotation.sin,
-        k_numbers, k_planes.scales if fp8 else k_numbers, v_numbers, v_planes.scales if fp8 else v_numbers,
+        k_numbers, k_planes.scales if code else k_numbers, v_numbers, v_planes.scales if code else v_numbers,
         out.q, out.k, out.v, out.non_finite, out.digests,
         seal.keys.words, seal.keys.scales, seal.keys.seeds, tokens,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         seal.layer, seal.first_head, seal.k_component, seal.v_component,
         Q_HEADS=q.shape[1], HEADS=heads, WIDTH=width, HALF=rotation.cos.shape[1],
         BLOCK_TOKENS=k_planes.block_tokens, WORDS=seal.keys.words.shape[1],
-        Q_ROWS=q_rows, HEADS_PADDED=triton.next_power_of_2(heads), WIDTH_PADDED=padded, FP8=fp8,
+        Q_ROWS=q_rows, HEADS_PADDED=triton.next_power_of_2(heads), WIDTH_PADDED=padded, CODE=code,
         **options(num_warps=4),
     )  # fmt: skip
     return out

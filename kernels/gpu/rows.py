@@ -1,7 +1,7 @@
 """Encoding, writing and digesting of rows of keys and values, shared by `store_kv.py` and `rotary_store.py`.
 
 Mathematics: `reference.py: fp8_encode` and `reference_kv.py: row_digests`; bytes and digests equal the definitions'.
-Knows FP8 and bf16 planes.
+Knows planes of one byte per number (byte_codes.py) and of bf16.
 """
 
 # Triton has no types: its kernels are checked by their tests.
@@ -13,21 +13,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Planes
-from .e4m3 import bf16_bits, decode_e4m3_by_256, encode_e4m3, scale_byte_of, scale_times_256
+from .byte_codes import check_codes, e5m2_numbers, encode_e5m2, encode_int8, int8_numbers
+from .e4m3 import bf16_bits, decode_e4m3_by_256, encode_e4m3, scale_byte_of, scale_of, scale_times_256
 
 _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 
 
 @triton.jit
-def encode_rows(x, FP8: tl.constexpr):
+def encode_rows(x, CODE: tl.constexpr):
     """Codes [rows, width], scale bytes [rows] (0 for bf16), decoded numbers, and a mask of rows that are not finite.
 
-    x float32 [rows, width]; codes and bytes are int32.
+    x float32 [rows, width]; codes and bytes are int32. CODE: see `byte_codes.py`.
     """
     amax_bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     refused = amax_bits >= 0x7F800000
     x = tl.where(refused[:, None], 0.0, x)
-    if FP8:
+    if CODE == 2:
+        code, byte = encode_e5m2(x, amax_bits, refused)
+        rounded = e5m2_numbers(code) * scale_of(byte)[:, None]
+    elif CODE == 3:
+        code, byte = encode_int8(x, amax_bits, refused)
+        rounded = int8_numbers(code) * scale_of(byte)[:, None]
+    elif CODE:
         byte = tl.where(refused, 0, scale_byte_of(amax_bits))
         code = encode_e4m3(x, tl.broadcast_to(byte[:, None], x.shape))
         rounded = decode_e4m3_by_256(code) * scale_times_256(byte)[:, None]
@@ -41,7 +48,7 @@ def encode_rows(x, FP8: tl.constexpr):
 @triton.jit
 def write_rows(  # noqa: PLR0917
     code, byte, payload_ptr, scales_ptr, slot, head, column,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FP8: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Write one token's rows [heads, width] to its slot; a negative slot is padding."""
     slots = slot + tl.zeros_like(head)
@@ -49,7 +56,7 @@ def write_rows(  # noqa: PLR0917
     written = (slots >= 0) & (head < HEADS)
     target = payload_ptr + row[:, None] * WIDTH + column[None, :]
     tl.store(target, code.to(payload_ptr.dtype.element_ty), mask=written[:, None] & (column < WIDTH)[None, :])
-    if FP8:
+    if CODE:
         tl.store(scales_ptr + row, byte.to(tl.uint8), mask=written)
 
 
@@ -64,10 +71,10 @@ def _mix(x):
 @triton.jit
 def digest_rows(  # noqa: PLR0917
     code, byte, position, layer, component, head, word_keys_ptr, scale_keys_ptr, seeds_ptr,
-    WORDS: tl.constexpr, ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, FP8: tl.constexpr,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, WIDTH_PADDED: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Terms of one token's rows in the digest of its hash block; uint64 [rows]. head: counted in the whole model."""
-    PER_WORD: tl.constexpr = 4 if FP8 else 2
+    PER_WORD: tl.constexpr = 4 if CODE else 2
     parts = tl.reshape(code, (ROWS, WIDTH_PADDED // PER_WORD, PER_WORD))
     shift = tl.arange(0, PER_WORD) * (32 // PER_WORD)
     words = tl.sum(parts << shift[None, None, :], axis=2).to(tl.uint32, bitcast=True).to(tl.uint64)  # [rows, words]
@@ -75,7 +82,7 @@ def digest_rows(  # noqa: PLR0917
     word = tl.arange(0, WIDTH_PADDED // PER_WORD)
     keys = tl.load(word_keys_ptr + token * WORDS + word, mask=word < WORDS, other=0).to(tl.uint64, bitcast=True)
     units = tl.sum(words * keys[None, :], axis=1)
-    if FP8:
+    if CODE:
         units += byte.to(tl.uint64) * tl.load(scale_keys_ptr + token).to(tl.uint64, bitcast=True)
     place = (layer.to(tl.int64) << 48) | (component.to(tl.int64) << 40) | (position // 16)
     places = (place | (head.to(tl.int64) << 24)).to(tl.uint64, bitcast=True)
@@ -85,7 +92,7 @@ def digest_rows(  # noqa: PLR0917
 
 
 def numbers_of(planes: Planes) -> Tensor:
-    """The payload as one number per element: uint8 codes of FP8, int16 bits of bf16."""
+    """The payload as one number per element: uint8 codes of CODE, int16 bits of bf16."""
     return planes.payload if planes.scales is not None else planes.payload.view(torch.int16)
 
 
@@ -104,6 +111,7 @@ def check_rows(k: Tensor, v: Tensor, slots: Tensor, k_planes: Planes, v_planes: 
         raise ValueError(f"slots is {slots.dtype} {tuple(slots.shape)}; must be contiguous int64 ({tokens},)")
     for planes in (k_planes, v_planes):
         _check_planes(planes, k.shape[1], k.shape[2])
+    check_codes(k_planes, v_planes)
     if k_planes.block_tokens != v_planes.block_tokens or (k_planes.scales is None) != (v_planes.scales is None):
         raise ValueError(
             f"k's blocks hold {k_planes.block_tokens} tokens, v's {v_planes.block_tokens}; these and codecs must agree"

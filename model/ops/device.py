@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+GPU_CODECS = ("fp8", "fp8_e5m2", "int8", "bfloat16")  # of keys and values alike
+
 _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))  # NVIDIA, AMD, either under WSL
 
 
@@ -158,7 +160,7 @@ def refuse_unserved(spec: ModelSpec, codec: str) -> None:
         raise ConfigError(
             f"{spec.architecture} has recurrent layers, which are not served on a GPU yet; use model.device: cpu"
         )
-    if codec not in ("fp8", "bfloat16"):
+    if codec not in GPU_CODECS:
         raise ConfigError(
-            f"cache.dtype is {codec!r}, which is not served on a GPU; use fp8 or bfloat16, or model.device: cpu"
+            f"cache.dtype is {codec!r}, which is not served on a GPU; use {', '.join(GPU_CODECS)}, or model.device: cpu"
         )

@@ -9,6 +9,7 @@ import torch
 from twostroke.kernels import reference
 from twostroke.kernels.gpu import launch
 from twostroke.kernels.reference import Planes
+from twostroke.kernels.reference_codecs import NumberCode
 
 if launch.interpreted():
     from support.session.quick_interpreter import quicken
@@ -19,13 +20,15 @@ else:
 
     move_kernels_to_gpu()
 
-ROW_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
+ROW_BYTES = {"fp8": 1, "e5m2": 1, "int8": 1, "bf16": 2, "fp32": 4}
+CODES: dict[str, NumberCode] = {"e5m2": "e5m2", "int8": "int8"}
 
 
 def poisoned(num_blocks: int, heads: int, block_tokens: int, width: int, codec: str = "fp8") -> Planes:
-    """Planes of 0xff: NaN in every codec, and an infinite scale."""
+    """Planes of 0xff: NaN in every codec but int8, and an infinite scale."""
     payload = torch.full((num_blocks, heads, block_tokens, width * ROW_BYTES[codec]), 0xFF, dtype=torch.uint8)
-    return Planes(payload, torch.full(payload.shape[:3], 0xFF, dtype=torch.uint8) if codec == "fp8" else None)
+    scales = torch.full(payload.shape[:3], 0xFF, dtype=torch.uint8) if ROW_BYTES[codec] == 1 else None
+    return Planes(payload, scales, CODES.get(codec))
 
 
 @dataclass
