@@ -12,11 +12,13 @@ from ..checkpoint.config import Kernels, ModelConfig
 from ..checkpoint.config_json import load_spec
 from ..checkpoint.shards import Shard, shard_spec
 from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_bytes
-from ..checkpoint.spec import DType, LatentAttention, ModelSpec, Quantization
+from ..checkpoint.spec import DType, LatentAttention, ModelSpec, PlainAttention, Quantization
 from ..core.errors import ConfigError
 from ..kernels.cpu.build import find_compiler
-from ..kv.spec import KvSpec, codec_ids
+from ..kv.spec import KEYS_ONLY, KvSpec, codec_ids
 from .ops.device import chosen_kernels, refuse_unserved
+
+MOST_CHANNELS = 1024  # numbers of a head whose keys are rounded per channel: kernels/cpu/cache/cache.h
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -160,8 +162,13 @@ def resolve(
 
 
 def _refuse_unlike(spec: ModelSpec, codec: str) -> None:
-    """Refuse unlike codecs of keys and values for a model whose keys and values are one latent vector."""
+    """Refuse unlike codecs of keys and values that are one latent vector, and heads that are too wide for one."""
     keys, values = codec_ids(codec)
+    if KEYS_ONLY in codec and isinstance(spec.attention, PlainAttention) and spec.attention.head_dim > MOST_CHANNELS:
+        raise ConfigError(
+            f"the keys' codec is {KEYS_ONLY!r} and heads have {spec.attention.head_dim} numbers; it serves up to "
+            f"{MOST_CHANNELS}: use int8"
+        )
     if isinstance(spec.attention, LatentAttention) and keys != values:
         raise ConfigError(
             f"the cache's codec is {codec!r}, and {spec.architecture} caches one vector for keys and values; give both "

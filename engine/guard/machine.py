@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 from ...core import buckets
@@ -19,7 +20,7 @@ MAX_SAMPLES = 4  # waiting to be scored; the oldest is dropped
 LEAST_TOKENS = 32  # of a prompt that is worth scoring
 PART_TOKENS = 64  # computed at a time: a request that arrives meanwhile waits for one part
 SCORED_ROWS = 32  # at the end of a sample
-MOST_PARTS_AHEAD = 1.0  # seconds of scoring that unused idle time may save up
+MOST_SAVED_S = 1.0  # of scoring that unused idle time may save up
 RECENT = 16  # scores that the verdict looks at
 LEAST_SCORES = 4  # before there is a verdict
 
@@ -109,6 +110,9 @@ class CodecGuard:
         if self._done < len(self._current):
             return None
         divergence = self._sum / self._rows
+        if not isfinite(divergence):  # a prompt whose numbers overflow says nothing about the codec
+            self.failed()
+            return None
         self._forget_current()
         self.num_scored += 1
         self._recent.append(divergence)
@@ -139,7 +143,7 @@ class CodecGuard:
     def wake_s(self, now_s: float) -> float | None:
         """When `next_part` has one if no step runs before; None: no sample waits."""
         since_s, self._counted_s = now_s - self._counted_s, now_s
-        self._allowed_s = min(self._allowed_s + since_s * self._limits.busy_share, MOST_PARTS_AHEAD)
+        self._allowed_s = min(self._allowed_s + since_s * self._limits.busy_share, MOST_SAVED_S)
         if self._current is None and not self._samples:
             return None
         idle_s = self._worked_s + self._limits.idle_s

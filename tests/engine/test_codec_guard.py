@@ -138,6 +138,15 @@ def test_few_scores_are_no_verdict_and_old_ones_are_forgotten() -> None:
     assert it.verdict.num_scores == 16
 
 
+def test_numbers_that_are_not_finite_are_no_score() -> None:
+    it = guard()
+    for number in range(5):
+        it.saw(PROMPT)
+        score_one(it, float("nan"), 10.0 * (number + 1))
+    assert it.verdict is None
+    assert it.counters == {"kv_guard_scored": 0, "kv_guard_dropped": 5, "kv_guard_exceeded": 0}
+
+
 class Broken:
     """A scorer that fails, or finds the same divergence everywhere."""
 

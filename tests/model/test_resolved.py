@@ -89,3 +89,10 @@ def test_one_latent_vector_has_one_codec(codec: str, family_directory: Callable[
     with pytest.raises(ConfigError, match="caches one vector for keys and values"):
         resolve(latent, ModelConfig(), codec, "cpu", native)
     assert resolve(family_directory("qwen3"), ModelConfig(), codec, "cpu", native).codec == codec
+
+
+def test_keys_per_channel_have_a_widest_head(family_directory: Callable[[str], Path], monkeypatch) -> None:
+    monkeypatch.setattr("twostroke.model.resolved.MOST_CHANNELS", 8)
+    with pytest.raises(ConfigError, match="it serves up to 8: use int8"):
+        resolve(family_directory("qwen3"), ModelConfig(), "int8_channel", "cpu", native)
+    assert resolve(family_directory("qwen3"), ModelConfig(), "int8", "cpu", native).codec == "int8"

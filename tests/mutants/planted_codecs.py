@@ -20,6 +20,7 @@ MUTANTS = [
         "self._current, self._done, self._sum, self._rows = None, 0, 0.0, 0",
         "self._current, self._done = None, 0",
     ),
+    Mutant("engine/guard/machine.py", "        if not isfinite(divergence):", "        if False:"),
     Mutant("engine/guard/idle.py", "            self._guard.failed()\n            return\n", "            return\n"),
     Mutant("engine/loop.py", "            if self._guard is not None:\n                self._guard.turn()\n", ""),
     Mutant("engine/loop.py", "                    self._guard.saw(command.prompt_ids)\n", "                    pass\n"),
