@@ -19,6 +19,7 @@ from twostroke.kv.spec import attention_spec, codec_ids
         ({"dtype": "int8", "key_dtype": "int8_channel"}, "int8_channel", (6, 5)),
         ({"key_dtype": "int8_channel"}, "int8_channel/fp8", (6, 1)),
         ({"dtype": "bfloat16", "value_dtype": "fp8_e4m3"}, "bfloat16/fp8", (2, 1)),
+        ({"dtype": "int8_channel", "key_dtype": "fp8"}, "fp8/int8", (1, 5)),
         ({"dtype": "int8_channel", "value_dtype": "float32"}, "int8_channel/float32", (6, 3)),
     ],
 )

@@ -70,6 +70,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/handover/frames": ("tests/kv/test_wire.py", "tests/decode_worker/test_pull.py"),
     "kv/handover/transports/paired_end": ("tests/kv/test_paired_end.py",),
     "kv/handover/fetching": ("tests/kv/test_fetching.py",),
+    "kv/handover/damage": (*_MACHINES, "tests/kv/test_handover_pair.py", "tests/kv/test_wire.py"),
     "kv/handover/pairing": ("tests/kv/test_pairing.py",),
     "kv/codec": ("tests/kv/test_codec.py", "tests/kv/test_byte_codecs.py"),
     "kernels/reference_codecs": ("tests/kv/test_byte_codecs.py",),
