@@ -103,7 +103,7 @@ def _draft(config: Config, model: ResolvedModel) -> ResolvedModel | None:
     if config.speculation.draft_model is None:
         return None
     directory = located(config.speculation.draft_model, "speculation.model")
-    draft = resolve_draft(directory, config.model, config.cache.dtype, model.device)
+    draft = resolve_draft(directory, config.model, config.cache.codec, model.device)
     check_draft(draft, Tokenizer.load(model.directory))
     return draft
 

@@ -56,7 +56,7 @@ def resolved_draft(settings: WorkerSettings, kind: DeviceKind) -> ResolvedModel 
     directory = settings.speculation.draft_model
     if directory is None or settings.num_ranks > 1:
         return None
-    return resolve_draft(Path(directory), settings.model, settings.cache.dtype, kind, built_library)
+    return resolve_draft(Path(directory), settings.model, settings.cache.codec, kind, built_library)
 
 
 def check_draft(draft: ResolvedModel | None, tokenizer: Tokenizer) -> None:
