@@ -156,10 +156,13 @@ def router(
 
 
 def planner(
-    namespace: Annotated[str, typer.Option(help="Namespace of the Deployments and the Lease.")],
-    prefill_deployment: Annotated[str, typer.Option(help="Deployment of the prefill workers.")],
-    decode_deployment: Annotated[str, typer.Option(help="Deployment of the decode workers.")],
+    namespace: Annotated[str, typer.Option(help="Namespace of what is scaled and of the Lease.")],
     lease: Annotated[str, typer.Option(help="Lease whose holder acts; it is made if it is missing.")],
+    prefill_deployment: Annotated[str | None, typer.Option(help="Deployment of the prefill workers.")] = None,
+    decode_deployment: Annotated[str | None, typer.Option(help="Deployment of the decode workers.")] = None,
+    disaggregated_set: Annotated[
+        str | None, typer.Option(help="DisaggregatedSet with the roles prefill and decode, in place of Deployments.")
+    ] = None,
     router: Annotated[
         list[str] | None, typer.Option(help="host:port where a router takes announcements; repeatable.")
     ] = None,
@@ -167,11 +170,15 @@ def planner(
         list[str] | None, typer.Option(help="name:port or k8s://SERVICE.NAMESPACE:PORT of routers; repeatable.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of this process in the Lease. Default: planner-PID.")] = None,
+    host: Annotated[str, typer.Option(help="Address of GET /livez.")] = "127.0.0.1",
+    health_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of GET /livez (does its loop turn?). Default: none.")
+    ] = None,
     config: o.ConfigFile = None,
 ) -> None:
-    """Scale the Deployments of workers by the load, and change workers' roles. Settings: section `planner`.
+    """Scale the Deployments or the DisaggregatedSet of workers by the load, and change workers' roles.
 
-    The cluster's key is TWOSTROKE__CLUSTER__KEY. The workers' names are those of their pods.
+    Settings: section `planner`. The cluster's key is TWOSTROKE__CLUSTER__KEY. Workers are called as their pods.
     """
     import logging
     import os
@@ -185,8 +192,14 @@ def planner(
         raise ConfigError("no router is given to ask; give --router HOST:PORT or --routers-at NAME:PORT")
     sources = [source_of(each, "--routers-at") for each in routers_at or ()]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    names = {Role.PREFILL: prefill_deployment, Role.DECODE: decode_deployment}
-    place = Place(namespace, names, lease, name or f"planner-{os.getpid()}")
+    deployments = {Role.PREFILL: prefill_deployment or "", Role.DECODE: decode_deployment or ""}
+    is_clear = not any(deployments.values()) if disaggregated_set else all(deployments.values())
+    if not is_clear:
+        raise ConfigError(
+            "what is scaled is not clear; give --disaggregated-set, or --prefill-deployment and --decode-deployment"
+        )
+    health = None if health_port is None else (host, health_port)
+    place = Place(namespace, disaggregated_set or deployments, lease, name or f"planner-{os.getpid()}", health)
     run_planner(settings, place, tuple(router or ()), sources)
 
 

@@ -1,8 +1,8 @@
 """Driver of the planner in Kubernetes: asks the routers, carries decisions out, tells the routers. Decides nothing.
 
-A worker that starts is one pod more of its role's Deployment, by the scale subresource. One that goes drains first;
-then it is not ready, and a Deployment that shrinks takes a pod that is not ready before one that is. A change of a role
-is `SetRole`: the pod stays with its Deployment. Whoever does not hold the Lease does nothing.
+A worker that starts is one pod more of its role, by the scale subresource of a Deployment or of a role scaler. One that
+goes drains first: then it is not ready, which a Deployment takes first; a set takes the highest ordinal (pods.py).
+A change of a role is `SetRole`: the pod stays where it is counted. Whoever does not hold the Lease does nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..planner.observation import Observation, observed
 from .connection import ApiAway, ApiRefused
 from .lease import Renew, Wait
 from .objects import Deployed
-from .owed import Owed, owner_of
+from .owed import Owed
 from .surroundings import Inside, Kubernetes
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _FAILURES = (ApiAway, ApiRefused)
 
 
 class PodScaler:
-    """One planner, the Deployments of its roles, and its Lease."""
+    """One planner, what scales its roles, and its Lease."""
 
     def __init__(
         self,
@@ -51,8 +51,9 @@ class PodScaler:
         """`make_planner`: called with the number of pods whenever we get the Lease."""
         self._config, self._clock, self._make_planner = config, clock, make_planner
         self._routers, self._operator = inside
-        self._deployments, names, self._leases, self._tenure = kubernetes
-        self._names = dict(names)
+        self._scales, self._pods, self._leases, self._tenure = kubernetes
+        self._names = dict(self._pods.names)
+        self.beat_s = clock.now_s()  # of the last turn's beginning
         self._incarnation = time.time_ns()
         self.events: deque[str] = deque(maxlen=MAX_EVENTS)
         self.last: Decision | None = None
@@ -65,6 +66,11 @@ class PodScaler:
         self._left: tuple[str, ...] = ()  # workers that the Lease says are drained, for a successor
         self._ended: set[str] = set()  # workers that we end, or have ended
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what is scaled."""
+        return tuple(self._names.values())
 
     async def run(self) -> None:
         """Decide and act once per interval, until cancelled."""
@@ -85,6 +91,7 @@ class PodScaler:
 
     async def turn(self) -> None:
         """One look at the Lease, one decision, its action, and a report."""
+        self.beat_s = self._clock.now_s()
         if self._clock.now_s() - self._looked_at_s >= self._tenure.timing.interval_s:
             await self._look()
         now_s = self._clock.now_s()
@@ -96,15 +103,16 @@ class PodScaler:
         if self._planner is None and len(self._present) == len(self._names):
             self._begin(now_s)
         if self._planner is None:
-            decision = Decision(now_s, HOLD, self._problems.get("read", "the Deployments are not known yet"))
+            decision = Decision(now_s, HOLD, self._problems.get("read", "what scales the roles is not known yet"))
         else:
             decision = await self._decide(self._planner, observation, now_s)
         self.last = replace(decision, pending=(*decision.pending, *self._owed.words(self._names)))
         await self._report(self.last, observation)
 
     async def _decide(self, planner: Planner, observation: Observation | None, now_s: float) -> Decision:
-        if any(each.is_rolling for each in self._present.values()):
-            return replace(planner.decide(None, now_s), reason="a Deployment rolls its pods out")
+        rolling = [self._names[role] for role, each in self._present.items() if each.is_rolling]
+        if rolling:
+            return replace(planner.decide(None, now_s), reason=f"{' and '.join(rolling)}: its pods roll out")
         num_owned = sum(each.replicas for each in self._present.values())
         decision = planner.decide(observation, now_s, num_owned)
         if not isinstance(decision.action, Hold):
@@ -157,9 +165,9 @@ class PodScaler:
         if self._present and now_s - self._read_at_s < READ_INTERVAL_S:
             return
         try:
-            found = {role: await asyncio.to_thread(self._deployments.read, name) for role, name in self._names.items()}
+            found = {role: await asyncio.to_thread(self._scales.read, name) for role, name in self._names.items()}
         except _FAILURES as error:
-            self._problem("read", f"the Deployments cannot be read: {error}")
+            self._problem("read", f"what scales the roles cannot be read: {error}")
             return
         self._present, self._read_at_s = found, now_s
         self._works("read")
@@ -173,9 +181,16 @@ class PodScaler:
         try:
             whole = joined_report(reports[0], reports[1:])
             self._workers = {str(worker["worker_id"]): worker for worker in whole["workers"]}
-            return observed(whole, at_s)
+            return self._in_order(observed(whole, at_s))
         except (KeyError, TypeError, ValueError):
             return None
+
+    def _in_order(self, observation: Observation) -> Observation:
+        """With the order in which workers can go."""
+        replicas = {role: each.replicas for role, each in self._present.items()}
+        after = self._pods.order([worker.name for worker in observation.workers], replicas)
+        workers = tuple(replace(worker, goes_after=after.get(worker.name, "")) for worker in observation.workers)
+        return replace(observation, workers=workers)
 
     # ------------------------------------------------------------------ what is done
 
@@ -190,7 +205,7 @@ class PodScaler:
             for name in action.workers:
                 self._later(self._drain(name))
         elif isinstance(action, Stop):
-            owner = owner_of(action.worker, self._names)
+            owner = self._pods.owner_of(action.worker)
             if owner is None:
                 names = " or ".join(self._names.values())
                 self._tell(f"planner: {action.worker} is no pod of {names}: it is not ended")
@@ -208,11 +223,11 @@ class PodScaler:
                 continue  # the Lease still names a worker that is ended: a successor would end another one for it
             name = self._names[role]
             try:
-                replicas = await asyncio.to_thread(self._deployments.change, name, count)
+                replicas = await asyncio.to_thread(self._scales.change, name, count)
             except _FAILURES as error:
-                problem = f"the scale of {name} is not changed: {_told(error)}"
+                problem = f"the scale of {name} is not changed: {self._told(error)}"
                 self._problem("scale", problem)
-                if given_up := self._owed.refused(role, _told(error), self._clock.now_s()):
+                if given_up := self._owed.refused(role, self._told(error), self._clock.now_s()):
                     planner.refused(given_up, problem, self._clock.now_s())
                 continue
             self._owed.taken(role)
@@ -275,9 +290,8 @@ class PodScaler:
         if self._problems.pop(what, None) is not None:
             self._tell(f"planner: {what} works again")
 
-
-def _told(error: ApiAway | ApiRefused) -> str:
-    """A refusal with its remedy."""
-    if isinstance(error, ApiRefused) and error.status == 403:
-        return f"{error}; the planner's account needs get and patch of deployments/scale there"
-    return str(error)
+    def _told(self, error: ApiAway | ApiRefused) -> str:
+        """A refusal with its remedy."""
+        if isinstance(error, ApiRefused) and error.status == 403:
+            return f"{error}; the planner's account needs get and patch of {self._pods.resource} there"
+        return str(error)

@@ -57,9 +57,3 @@ class Owed:
             f"{'more' if debt.count > 0 else 'fewer'}{f': {debt.problem}' if debt.problem else ''}"
             for role, debt in self._debts.items()
         )
-
-
-def owner_of(worker: str, names: Mapping[Role, str]) -> Role | None:
-    """The role whose Deployment made a worker's pod, whatever it does now. None: none of these."""
-    found = [role for role, name in names.items() if worker.startswith(f"{name}-")]
-    return max(found, key=lambda role: len(names[role]), default=None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ...core.request import Role
 from ...protos import worker_pb2
 from .lease import Tenure
-from .objects import Deployments, Leases
+from .objects import Deployed, Leases
+from .pods import Pods
 
 
 class Routers(Protocol):
@@ -42,10 +42,20 @@ class Inside(NamedTuple):
     operator: Arms
 
 
+class Scales(Protocol):
+    """What scales the roles, as `objects.Deployments` and `objects.RoleScalers` do it. Raises ApiAway, ApiRefused."""
+
+    def read(self, name: str) -> Deployed:
+        """One of them."""
+
+    def change(self, name: str, count: int) -> int:
+        """Add so many replicas, or take them away; gives their number afterwards."""
+
+
 class Kubernetes(NamedTuple):
     """What Kubernetes has of the cluster."""
 
-    deployments: Deployments
-    names: Mapping[Role, str]  # of the Deployment of each role
+    scales: Scales
+    pods: Pods
     leases: Leases
     tenure: Tenure

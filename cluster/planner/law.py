@@ -9,7 +9,8 @@ In this order, one action per decision:
 4. If the forecast for the end of a start-up needs more than there are, so many are started, and as many as min_workers
    lacks; none for a time to the first token that one prompt alone misses, and none for a while after a start was
    refused or failed.
-5. If the need, with hysteresis, was lower for a whole cool-down, the surplus is drained.
+5. If the need, with hysteresis, was lower for a whole cool-down, the surplus is drained; where workers can go in one
+   order only, by that, and a role that can spare a worker gives it to the one whose worker goes next.
 
 A change of roles and a change of machines may be under way at the same time, two of one kind may not.
 """
@@ -22,8 +23,8 @@ from ...core.request import Role
 from .config import PlannerConfig
 from .decision import HOLD, Action, ChangeRole, Decision, DecisionLog, Drain, Start, Stop, Terms
 from .estimates import Estimates
-from .needs import Needs, decoders_of, needs_of, terms_of
-from .observation import Observation, WorkerReport
+from .needs import Needs, decoders_of, decoders_of_live, needs_of, terms_of
+from .observation import Observation, work_of
 from .pending import Pending
 from .split import Bounds, Split, divided, is_better
 
@@ -177,7 +178,7 @@ class _Turn:
     def _stop(self) -> tuple[Action, str] | None:
         for name in self._pending.draining:
             worker = self._observation.find(name)
-            if worker is not None and worker.is_draining and worker.is_empty:
+            if worker is not None and worker.is_draining and worker.is_empty and not worker.goes_after:
                 return Stop(name), f"{name} drained and has no work"
         return None
 
@@ -188,7 +189,7 @@ class _Turn:
         for role, other in _OTHER.items():
             reason = self._gains(role)
             if reason is not None and self._live[other]:
-                worker = min(self._live[other], key=_work)
+                worker = min(self._live[other], key=work_of)
                 return ChangeRole(worker.name, role), f"{worker.name} becomes {role.value}: {reason}"
         return None
 
@@ -252,17 +253,33 @@ class _Turn:
         have, names = self.have, list[str]()
         for _ in range(surplus):
             spare = {role: have.of(role) - max(self.now.of(role), self._bounds.least(role)) for role in _OTHER}
-            role = max(_OTHER, key=lambda each: spare[each])
-            found = [worker for worker in self._live[role] if worker.name not in names]
-            if spare[role] <= 0 or not found:
+            can_go = {
+                role: [w for w in self._live[role] if w.name not in names and w.goes_after in ("", *names)]
+                for role in _OTHER
+            }
+            role = max(_OTHER, key=lambda each: spare[each] if can_go[each] else 0)
+            if spare[role] <= 0 or not can_go[role]:
                 break
-            names.append(min(found, key=_work).name)
+            names.append(min(can_go[role], key=work_of).name)
             have = have.shrunk(role)
         if not names:
-            return None
+            return self._make_way()
         cooldown_s = self._config.shrink_cooldown_s
         reason = f"{self.in_window} workers were enough for {cooldown_s:g} s, and {self.present} are there"
         return Drain(tuple(names)), reason
+
+    def _make_way(self) -> tuple[Action, str] | None:
+        """Let a role that can spare a worker give it to the other one, whose worker is the next that can go."""
+        if self._now_s - self._planner._role_changed_s < self._config.role_cooldown_s:
+            return None
+        for role, other in _OTHER.items():
+            spare = self.have.of(role) - max(self.now.of(role), self._bounds.least(role))
+            next_to_go = [worker for worker in self._live[other] if not worker.goes_after]
+            has_room = self.have.of(other) < self._bounds.largest(other)
+            if spare > 0 and next_to_go and has_room and self._live[role]:
+                name = min(self._live[role], key=work_of).name
+                return ChangeRole(name, other), f"{name} becomes {other.value}: {next_to_go[0].name} goes next"
+        return None
 
     def _cools_for_s(self) -> float:
         """Seconds until workers may go."""
@@ -284,13 +301,3 @@ class _Turn:
         if self._needs.is_out_of_reach:
             return "one prompt alone takes longer than the target for the first token: more workers cannot help it"
         return f"{self.now.prefill} prefill and {self.now.decode} decode workers are needed and there"
-
-
-def decoders_of_live(observation: Observation, going: set[str]) -> list[WorkerReport]:
-    """Live workers that decode, without those in `going`."""
-    return [worker for worker in decoders_of(observation) if worker.is_live and worker.name not in going]
-
-
-def _work(worker: WorkerReport) -> tuple[int, int, str]:
-    """Order of workers by what they would leave behind: streams run on beside the new role's work."""
-    return (worker.running + worker.waiting, worker.queued_prompt_tokens, worker.name)

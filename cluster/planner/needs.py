@@ -90,6 +90,11 @@ def decoders_of(observation: Observation) -> list[WorkerReport]:
     return [worker for worker in observation.workers if worker.role is not Role.PREFILL]
 
 
+def decoders_of_live(observation: Observation, going: set[str]) -> list[WorkerReport]:
+    """Live workers that decode, without those in `going`."""
+    return [worker for worker in decoders_of(observation) if worker.is_live and worker.name not in going]
+
+
 def _prefill_load(
     estimates: Estimates, speeds: list[WorkerReport], backlog_tokens: int, ahead_s: float
 ) -> PrefillLoad | None:

@@ -28,6 +28,7 @@ class WorkerReport:
     prefill_ms_per_token: float = 0.0  # 0: not measured yet
     prefill_ms_per_token_pair: float = 0.0
     decode_step_ms: float = 0.0  # 0: not measured yet
+    goes_after: str = ""  # worker that must go before it, because who runs them ends them in this order
 
     @property
     def is_live(self) -> bool:
@@ -76,6 +77,11 @@ class Observation:
     def find(self, name: str) -> WorkerReport | None:
         """The worker of that name, or None."""
         return next((worker for worker in self.workers if worker.name == name), None)
+
+
+def work_of(worker: WorkerReport) -> tuple[int, int, str]:
+    """Order of workers by what they would leave behind: streams run on beside the new role's work."""
+    return (worker.running + worker.waiting, worker.queued_prompt_tokens, worker.name)
 
 
 def prefill_ms(worker: WorkerReport, tokens: float, tokens_squared: float) -> float:

@@ -71,7 +71,7 @@ class Settings(Values):
             *("name", "shared_ports", "peers_at", "operator_key", "ssl_certfile", "ssl_keyfile"),
         },
     ) = Field(default_factory=dict)
-    planner: _config_section(PlannerConfig, without={"enabled"}) = Field(default_factory=dict)  # type: ignore[valid-type]
+    planner: _config_section(PlannerConfig, without={"enabled", "new_nodes"}) = Field(default_factory=dict)  # type: ignore[valid-type]
 
 
 class Image(Values):

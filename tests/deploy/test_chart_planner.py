@@ -1,5 +1,7 @@
 """The chart's planner: a pod of its own that may scale two Deployments, and nothing else."""
 
+from collections.abc import Callable
+
 import click
 import pytest
 import typer
@@ -12,6 +14,7 @@ from twostroke.cli.main import app
 from twostroke.cluster.config import load_config
 
 PLANNER = "--set=planner.enabled=true"
+SET = [*mode_arguments(None, "disaggregatedset"), PLANNER]
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -47,8 +50,8 @@ def test_its_command_and_settings_exist_and_it_alone_owns_the_numbers_of_pods(tm
     assert {each["name"] for each in container["volumeMounts"]} <= {each["name"] for each in spec["volumes"]}
 
 
-def test_its_account_may_scale_the_two_deployments_and_keep_its_lease_and_no_other_account_may():
-    manifests = render(PLANNER)
+def rights_of(manifests: list[dict]) -> Callable[..., bool]:
+    """Whether an account may do something; the planner's, if none is named."""
     store = Store()
     for kind, plural in (("Role", "roles"), ("RoleBinding", "rolebindings")):
         for each in of_kind(manifests, kind):
@@ -58,6 +61,16 @@ def test_its_account_may_scale_the_two_deployments_and_keep_its_lease_and_no_oth
     def may(verb: str, plural: str, name: str, subresource: str = "", who: str = account) -> bool:
         return is_allowed(store, f"Bearer {token_of('llm', who)}", verb, Target(plural, "llm", name, subresource))
 
+    assert all(may(verb, "leases", "ts-twostroke-planner") for verb in ("get", "patch", "create"))
+    assert not may("patch", "leases", "another")
+    assert not any(may(verb, plural, "x") for verb in ("get", "patch", "delete") for plural in ("pods", "secrets"))
+    others = {spec.get("serviceAccountName") for name, spec in pod_specs(manifests).items() if "planner" not in name}
+    assert account not in others
+    return may
+
+
+def test_its_account_may_scale_the_two_deployments_and_keep_its_lease_and_no_other_account_may():
+    may = rights_of(render(PLANNER))
     for role in ("prefill", "decode"):
         name = f"ts-twostroke-{role}"
         assert may("get", "deployments", name)
@@ -65,13 +78,46 @@ def test_its_account_may_scale_the_two_deployments_and_keep_its_lease_and_no_oth
         assert may("patch", "deployments", name, "scale")
         assert not may("patch", "deployments", name), "it would choose what runs there"
         assert not may("patch", "deployments", name, "scale", "ts-twostroke")
+        assert not may("get", "disaggregatedsetrolescalers", name, "scale")
     assert not may("patch", "deployments", "ts-twostroke-router", "scale")
     assert not may("patch", "deployments", "another", "scale")
-    assert all(may(verb, "leases", "ts-twostroke-planner") for verb in ("get", "patch", "create"))
-    assert not may("patch", "leases", "another")
-    assert not any(may(verb, plural, "x") for verb in ("get", "patch", "delete") for plural in ("pods", "secrets"))
-    others = {spec.get("serviceAccountName") for name, spec in pod_specs(manifests).items() if "planner" not in name}
-    assert account not in others
+
+
+def test_of_a_disaggregated_set_its_account_may_scale_the_two_roles_and_read_the_set():
+    may = rights_of(render(*SET))
+    for role in ("prefill", "decode"):
+        name = f"ts-twostroke-{role}"
+        assert may("get", "disaggregatedsetrolescalers", name, "scale")
+        assert may("patch", "disaggregatedsetrolescalers", name, "scale")
+        assert not may("patch", "disaggregatedsetrolescalers", name)
+        assert not may("patch", "disaggregatedsetrolescalers", name, "scale", "ts-twostroke")
+        assert not may("patch", "deployments", name, "scale")
+    assert may("get", "disaggregatedsets", "ts-twostroke")
+    assert not may("patch", "disaggregatedsets", "ts-twostroke"), "it would choose what runs there"
+    assert not may("get", "disaggregatedsets", "another")
+    assert not may("patch", "disaggregatedsetrolescalers", "another", "scale")
+
+
+def test_roles_of_a_disaggregated_set_are_scaled_by_it_alone():
+    manifests = render(*SET)
+    (found,) = of_kind(manifests, "DisaggregatedSet")
+    for role in found["spec"]["roles"]:
+        assert role["scaling"] == {"mode": "External"}
+        assert "replicas" not in role["spec"]
+    assert found["spec"]["slices"] == 1
+    _, command, *args = planner_of(manifests)["containers"][0]["args"]
+    params = COMMANDS[command].make_context(command, args).params
+    assert params["disaggregated_set"] == "ts-twostroke"
+    assert params["prefill_deployment"] is params["decode_deployment"] is None
+
+
+def test_it_is_live_as_long_as_its_loop_turns():
+    (container,) = planner_of(render(PLANNER))["containers"]
+    probe = container["livenessProbe"]["httpGet"]
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert (probe["path"], ports[probe["port"]]) == ("/livez", 8101)
+    params = COMMANDS["planner"].make_context("planner", container["args"][2:]).params
+    assert (params["host"], params["health_port"]) == ("$(POD_IP)", 8101)
 
 
 @pytest.mark.parametrize("kind", ["dns", "endpointslices"])
@@ -99,7 +145,7 @@ def test_with_certificates_it_has_an_operators():
     ("arguments", "words"),
     [
         (mode_arguments(None, "ray"), "mode ray"),
-        (mode_arguments(None, "disaggregatedset"), "mode disaggregatedset"),
+        ([*mode_arguments(None, "disaggregatedset"), "--set=decode.autoscaling.kind=hpa"], "autoscaling.kind is hpa"),
         (["--set=decode.autoscaling.kind=hpa"], "decode.autoscaling.kind is hpa"),
         (["--set=prefill.create=false,combined.create=true"], "prefill.create"),
         (["--set=decode.parallelism.tensor=2"], "parallelism.tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 
 LEASE, OWED = "cluster/kubernetes/lease.py", "cluster/kubernetes/owed.py"
+PODS = "cluster/kubernetes/pods.py"
 SLICES, WATCHING = "cluster/discovery/slices.py", "cluster/discovery/watching.py"
 
 MUTANTS = [
@@ -52,7 +53,14 @@ MUTANTS = [
     Mutant(LEASE, "self._seen[1] > record.duration_s", "self._seen[1] > self.timing.renew_by_s"),
     Mutant(OWED, "            del self._debts[role]\n            return debt.count", "            return debt.count"),
     Mutant(OWED, "if now_s >= debt.due_s", "if debt.count"),
-    Mutant(OWED, "max(found, key=lambda role: len(names[role]), default=None)", "found[0] if found else None"),
+    Mutant(PODS, "max(found, key=lambda role: len(self.names[role]), default=None)", "found[0] if found else None"),
+    Mutant(PODS, "int(found[3]) + 1 < replicas", "int(found[3]) < replicas"),
+    Mutant(PODS, "fullmatch(worker)\n        return None", "match(worker)\n        return None"),
+    Mutant(PODS, "replicas.get(Role(found[2]), 0)", "max(replicas.values())"),
+    Mutant("cluster/kubernetes/objects.py", "is_unseen or old > 0)", "is_unseen)"),
+    Mutant("cluster/kubernetes/objects.py", "is_unseen = 0 < seen", "is_unseen = 0 > seen"),
+    Mutant("cluster/kubernetes/arm.py", 'goes_after=after.get(worker.name, "")', 'goes_after=""'),
+    Mutant("cluster/kubernetes/process.py", "age_s <= within_s", "age_s <= within_s * 2"),
     Mutant("cluster/kubernetes/objects.py", "if error.status != CONFLICT or not left:", "if True:"),
     Mutant("cluster/kubernetes/objects.py", "max(0, int((scale", "max(1, int((scale"),
     Mutant("cluster/kubernetes/arm.py", "            self._ended.add(action.worker)\n", ""),

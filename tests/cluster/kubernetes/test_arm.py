@@ -13,7 +13,8 @@ from support.deploy.kube.store import Store
 from twostroke.cluster.kubernetes.arm import PodScaler
 from twostroke.cluster.kubernetes.connection import connect
 from twostroke.cluster.kubernetes.lease import LeaseTiming, Tenure
-from twostroke.cluster.kubernetes.objects import DRAINED, Deployments, Leases
+from twostroke.cluster.kubernetes.objects import DRAINED, Leases
+from twostroke.cluster.kubernetes.process import Place, livez
 from twostroke.cluster.kubernetes.surroundings import Inside, Kubernetes
 from twostroke.cluster.planner.config import PlannerConfig
 from twostroke.cluster.planner.decision import HOLD, Action, ChangeRole, Decision, Drain, Start, Stop
@@ -106,14 +107,18 @@ class Hands:
 class Room:
     """A planner's driver over a stand-in API server with two Deployments."""
 
-    def __init__(self, api: ApiServer, me: str = "a", clock: Clock | None = None) -> None:
+    def __init__(
+        self, api: ApiServer, me: str = "a", clock: Clock | None = None, workers: tuple[str, ...] = (), of_set: str = ""
+    ) -> None:
+        """`of_set`: a DisaggregatedSet in place of the Deployments."""
         self.api, self.clock, self.plan, self.hands = api, clock or Clock(), Plan(), Hands()
         self.tenure = Tenure(me, LeaseTiming(duration_s=30.0, renew_by_s=20.0, interval_s=2.0))
         connection = connect()
-        kubernetes = Kubernetes(
-            Deployments(connection, "default"), NAMES, Leases(connection, "default", "ts-planner"), self.tenure
-        )
-        inside = Inside(Routers("ts-prefill-1-a", "ts-decode-1-a", "ts-decode-1-b"), self.hands)
+        place = Place("default", of_set or NAMES, "ts-planner", me)
+        leases = Leases(connection, "default", "ts-planner")
+        kubernetes = Kubernetes(*place.scales(connection), leases, self.tenure)
+        routers = Routers(*(workers or ("ts-prefill-1-a", "ts-decode-1-a", "ts-decode-1-b")))
+        inside = Inside(routers, self.hands)
         self.scaler = PodScaler(PlannerConfig(), inside, kubernetes, self.clock, self.plan.make)  # type: ignore[arg-type]
 
     async def turn(self, *actions: Action) -> Any:
@@ -274,7 +279,7 @@ async def test_while_a_deployment_rolls_out_nothing_is_decided(api: ApiServer):
     room = Room(api)
     api.store.set_status("deployments", "default", "ts-decode", {"replicas": 2, "updatedReplicas": 1})
     report = await room.turn(Start((Role.DECODE,)))
-    assert "rolls" in report.reason
+    assert report.reason == "ts-decode: its pods roll out"
     assert room.plan.asked == [(None, None)]
     api.store.set_status("deployments", "default", "ts-decode", {"replicas": 2, "updatedReplicas": 2})
     room.clock.now += 6.0
@@ -396,3 +401,107 @@ async def test_while_the_api_server_is_away_nothing_happens_and_it_is_said_once(
     await room.turn()
     assert room.plan.made == 2
     assert room.replicas()["ts-decode"] == 3
+
+
+# ---------------------------------------------------------------- a DisaggregatedSet
+
+SCALER = ("patch", "disaggregatedsetrolescalers/scale")
+OF_SET = ("ts-0-1a2b3c4d-prefill-0", "ts-0-1a2b3c4d-decode-0", "ts-0-1a2b3c4d-decode-1")
+
+
+@pytest.fixture
+def set_api(api: ApiServer) -> ApiServer:
+    for role, replicas in (("prefill", 1), ("decode", 2)):
+        scaler = {"metadata": {"name": f"ts-{role}"}, "spec": {"replicas": replicas}, "status": {"replicas": replicas}}
+        api.store.put("disaggregatedsetrolescalers", scaler)
+    api.store.put("disaggregatedsets", {"metadata": {"name": "ts"}, "spec": {"roles": []}})
+    statuses(api, decode=2)
+    return api
+
+
+def statuses(api: ApiServer, *, decode: int) -> None:
+    """What the set says of its roles: `decode` of two pods have the present template."""
+    roles = [
+        {"name": "prefill", "replicas": 1, "updatedReplicas": 1},
+        {"name": "decode", "replicas": 2, "updatedReplicas": decode},
+    ]
+    api.store.set_status("disaggregatedsets", "default", "ts", {"observedGeneration": 1, "roleStatuses": roles})
+
+
+def of_role_scalers(api: ApiServer) -> dict[str, int]:
+    found = api.store.all("disaggregatedsetrolescalers")
+    return {each["metadata"]["name"]: each["spec"]["replicas"] for each in found}
+
+
+async def test_roles_of_a_set_are_scaled_by_their_scalers_and_workers_go_from_the_last_ordinal_on(set_api: ApiServer):
+    room = Room(set_api, workers=OF_SET, of_set="ts")
+    await room.turn(Start((Role.DECODE, Role.PREFILL)))
+    assert of_role_scalers(set_api) == {"ts-prefill": 2, "ts-decode": 3}
+    assert set_api.calls[SCALER] == 2
+    assert set_api.calls[SCALE] == 0
+    await room.turn()
+    seen, num_owned = room.plan.asked[-1]
+    assert num_owned == 5
+    assert {worker.name: worker.goes_after for worker in seen.workers} == {
+        OF_SET[0]: "ts-0-1a2b3c4d-prefill-1",
+        OF_SET[1]: OF_SET[2],
+        OF_SET[2]: "ts-0-1a2b3c4d-decode-2",
+    }
+    await room.turn(Stop(OF_SET[2]))
+    assert of_role_scalers(set_api) == {"ts-prefill": 2, "ts-decode": 2}
+    await room.turn()
+    assert room.plan.asked[-1][0].find(OF_SET[2]).goes_after == ""
+
+
+async def test_a_change_of_a_scaler_that_crosses_anothers_is_made_upon_it(set_api: ApiServer):
+    room = Room(set_api, workers=OF_SET, of_set="ts")
+    await room.turn()
+    scales = room.scaler._scales
+    read = scales._api.get_namespaced_custom_object_scale  # type: ignore[attr-defined]
+
+    theirs = [5]
+
+    def raced(*given: Any, **named: Any) -> Any:
+        answer = read(*given, **named)
+        if theirs:
+            other = set_api.store.get("disaggregatedsetrolescalers", "default", "ts-decode")
+            assert other is not None
+            other["spec"]["replicas"] = theirs.pop()
+            set_api.store.put("disaggregatedsetrolescalers", other)
+        return answer
+
+    scales._api.get_namespaced_custom_object_scale = raced  # type: ignore[attr-defined]
+    await room.turn(Start((Role.DECODE,)))
+    assert of_role_scalers(set_api)["ts-decode"] == 6
+    assert not room.plan.refusals
+
+
+async def test_while_a_set_rolls_out_nothing_is_decided(set_api: ApiServer):
+    statuses(set_api, decode=1)
+    room = Room(set_api, workers=OF_SET, of_set="ts")
+    report = await room.turn(Start((Role.DECODE,)))
+    assert report.reason == "ts-decode: its pods roll out"
+    statuses(set_api, decode=2)
+    newer = set_api.store.get("disaggregatedsets", "default", "ts")
+    assert newer is not None
+    newer["spec"] = {"roles": [{}]}
+    set_api.store.put("disaggregatedsets", newer)  # which its controller has not seen yet
+    room.clock.now += 6.0
+    assert "its pods roll out" in (await room.turn()).reason
+    set_api.store.set_status("disaggregatedsets", "default", "ts", {"observedGeneration": 2})
+    room.clock.now += 6.0
+    await room.turn()
+    assert of_role_scalers(set_api)["ts-decode"] == 3
+
+
+async def test_it_is_live_as_long_as_its_loop_turns(api: ApiServer):
+    room = Room(api)
+    page = livez(room.scaler, room.clock, 121.0)
+    await room.turn()
+    room.clock.now += 120.0
+    assert page("")[0] == 200
+    room.clock.now += 2.0
+    assert page("")[0] == 503
+    api.close()  # whatever else does not work
+    await room.turn()
+    assert page("")[0] == 200

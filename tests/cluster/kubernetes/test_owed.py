@@ -1,6 +1,6 @@
 """Numbers of pods that were decided and that the API server has not taken yet."""
 
-from twostroke.cluster.kubernetes.owed import LONGEST_WAIT_S, Owed, owner_of
+from twostroke.cluster.kubernetes.owed import LONGEST_WAIT_S, Owed
 from twostroke.core.request import Role
 
 NAMES = {Role.PREFILL: "ts-prefill", Role.DECODE: "ts-decode"}
@@ -42,11 +42,3 @@ def test_a_worker_that_drained_is_owed_until_it_goes_with_waits_that_double():
         now_s += wait_s
     assert waits == [2, 4, 8, 16, 32, LONGEST_WAIT_S, LONGEST_WAIT_S]
     assert owed.words(NAMES) == ("ts-decode is to have 1 pod fewer: forbidden",)
-
-
-def test_a_pod_belongs_to_the_deployment_that_made_it_whatever_it_does_now():
-    assert owner_of("ts-decode-5f7c9-x2x4z", NAMES) is Role.DECODE
-    assert owner_of("ts-prefill-5f7c9-x2x4z", NAMES) is Role.PREFILL
-    assert owner_of("other-decode-5f7c9-x2x4z", NAMES) is None
-    longer = {Role.PREFILL: "ts", Role.DECODE: "ts-decode"}
-    assert owner_of("ts-decode-5f7c9-x2x4z", longer) is Role.DECODE

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.clusters.planned import Toy, transcript
 
 from twostroke.cluster.planner.config import PlannerConfig
-from twostroke.cluster.planner.decision import Hold, Stop
+from twostroke.cluster.planner.decision import ChangeRole, Drain, Hold, Stop
 from twostroke.cluster.planner.queueing import (
     DecodeLimits,
     DecodeLoad,
@@ -164,3 +164,47 @@ def test_what_min_workers_lacks_is_started_where_workers_may_be_started(max_work
     for _ in range(120):
         toy.second()
     assert len(toy.workers) == 2 + started, "and they stay, though fewer would do"
+
+
+ORDERED = PlannerConfig(enabled=True, max_workers=8, start_up_s=20, shrink_cooldown_s=30)
+
+
+def test_where_workers_go_in_one_order_the_last_ones_drain_and_stop_in_it() -> None:
+    toy = Toy(ORDERED, prefill=2, decode=4, is_ordered=True)
+    toy.load(0.1, 10)
+    for _ in range(120):
+        toy.second()
+    drained = [name for each in toy.done if isinstance(each.action, Drain) for name in each.action.workers]
+    stopped = [each.action.worker for each in toy.done if isinstance(each.action, Stop)]
+    assert sorted(drained) == ["worker-01", "worker-03", "worker-04", "worker-05"]
+    assert [name for name in drained if name != "worker-01"] == ["worker-05", "worker-04", "worker-03"]
+    assert [name for name in stopped if name != "worker-01"] == ["worker-05", "worker-04", "worker-03"]
+
+
+def test_a_role_makes_way_for_a_worker_of_the_other_that_goes_next() -> None:
+    toy = Toy(ORDERED, prefill=1, decode=3, is_ordered=True)
+    toy.workers["worker-03"] = Role.PREFILL  # it was given another role: two and two
+    toy.load(1.5, 0)  # prefill needs both, decode one
+    for _ in range(200):
+        toy.second()
+    assert [each.action for each in toy.done] == [
+        ChangeRole("worker-01", Role.PREFILL),
+        Drain(("worker-00",)),
+        Stop("worker-00"),
+    ]
+    assert "worker-00 goes next" in toy.done[0].reason
+    assert sorted(toy.workers.values()) == [Role.DECODE, Role.PREFILL, Role.PREFILL]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.tuples(st.floats(0, 6), st.floats(0, 3e4), st.integers(30, 200)), min_size=2, max_size=5))
+def test_in_order_or_not_roles_keep_their_least_and_nobody_with_work_is_stopped(phases) -> None:
+    toy = Toy(ORDERED, prefill=2, decode=2, is_ordered=True)
+    for work, kv, seconds in phases:
+        toy.load(work, kv)
+        for _ in range(seconds):
+            toy.second()
+            assert len(toy.workers) + len(toy.starting) <= 8
+            assert toy.serving(Role.PREFILL)
+            assert toy.serving(Role.DECODE)
+    assert toy.stopped_with_work == 0

@@ -22,7 +22,12 @@ class _Draining:
 class Toy:
     """Workers whose queues follow from the load at once: `work` in workers, `kv` in KV tokens per ms."""
 
-    def __init__(self, config: PlannerConfig, prefill: int, decode: int, stream_s: float = 3.0) -> None:
+    def __init__(
+        self, config: PlannerConfig, prefill: int, decode: int, stream_s: float = 3.0, *, is_ordered: bool = False
+    ) -> None:
+        """`is_ordered`: those that began with a role, or were started for it, go from the last one on."""
+        self._is_ordered = is_ordered
+        self._owner: dict[str, Role] = {}
         self.planner = Planner(config, prefill + decode)
         self.now_s = 0.0
         self.workers: dict[str, Role] = {}
@@ -62,7 +67,7 @@ class Toy:
         return Observation(self.now_s, "toy", tuple(self._report(name) for name in sorted(self.workers)), self._prompts)
 
     def _add(self, role: Role) -> None:
-        self.workers[f"worker-{self._made:02}"] = role
+        self.workers[f"worker-{self._made:02}"] = self._owner[f"worker-{self._made:02}"] = role
         self._made += 1
 
     def _report(self, name: str) -> WorkerReport:
@@ -75,6 +80,7 @@ class Toy:
             kv_capacity_tokens=10_000_000,
             max_num_seqs=100_000,
             prefill_ms_per_token=MS_PER_TOKEN,
+            goes_after=self._goes_after(name),
         )
         if going:
             return replace(report, running=1 if self.now_s < going.until_s else 0)
@@ -84,6 +90,10 @@ class Toy:
         step_ms = BASE_MS / (1 - share)
         kv = round(self._kv / len(self.serving(role)) * step_ms)
         return replace(report, running=1 if kv else 0, kv_tokens=kv, decode_step_ms=step_ms)
+
+    def _goes_after(self, name: str) -> str:
+        later = [each for each in sorted(self.workers) if each > name and self._owner[each] is self._owner[name]]
+        return later[0] if self._is_ordered and later else ""
 
     def _carry_out(self, decision: Decision) -> None:
         action = decision.action
@@ -98,6 +108,7 @@ class Toy:
             self.draining |= {name: _Draining(self.now_s + self._stream_s) for name in action.workers}
         elif isinstance(action, Stop):
             self.stopped_with_work += self.now_s < self.draining[action.worker].until_s
+            assert not self._goes_after(action.worker), "another one would have been ended"
             del self.workers[action.worker], self.draining[action.worker]
 
 

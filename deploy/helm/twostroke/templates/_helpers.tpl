@@ -83,8 +83,8 @@ k8s://{{ include "twostroke.fullname" . }}-routers.{{ .Release.Namespace }}:{{ .
 {{- fail "decode.create and combined.create are false: no worker would decode; set one of them" -}}
 {{- end -}}
 {{- if .Values.planner.enabled -}}
-{{- if ne .Values.mode "deployments" -}}
-{{- fail (printf "planner.enabled is true in mode %s; the planner scales Deployments: use mode deployments" .Values.mode) -}}
+{{- if eq .Values.mode "ray" -}}
+{{- fail "planner.enabled is true in mode ray; the planner scales Deployments or the roles of a DisaggregatedSet: use mode deployments or disaggregatedset" -}}
 {{- end -}}
 {{- if not (and .Values.prefill.create .Values.decode.create) -}}
 {{- fail "planner.enabled is true, and it plans prefill and decode workers; set prefill.create and decode.create" -}}

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from .access import is_allowed, verb_of
-from .paths import KINDS, Target, discovery, group_of, is_selected, merged, target_of
+from .paths import KINDS, Target, discovery, group_of, is_custom, is_selected, merged, target_of
 from .store import Object, Store
 
 
@@ -125,8 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._change(lambda _, value: value)
 
     def do_PATCH(self) -> None:
-        is_strategic = "strategic" in self.headers.get("content-type", "")
-        self._change(lambda before, patch: merged(before, patch, is_strategic=is_strategic))
+        kind = self.headers.get("content-type", "")
+        is_strategic = "strategic" in kind
+        return self._change(
+            lambda before, patch: merged(before, patch, is_strategic=is_strategic), is_strategic=is_strategic
+        )
 
     def do_DELETE(self) -> None:
         self._body()
@@ -136,17 +139,19 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.store.mark_deleted(target.plural, target.namespace, target.name)
         return self._send(200, found) if found else self._missing(target.name)
 
-    def _change(self, changed: Any) -> None:
+    def _change(self, changed: Any, *, is_strategic: bool = False) -> None:
         given, target = self._body(), self._target()
         if target is None:
             return None
+        if is_strategic and is_custom(target.plural):
+            return self._fail(415, "UnsupportedMediaType", "strategic merge patches are not for custom resources")
         before = self.store.get(target.plural, target.namespace, target.name)
         if before is None:
             return self._missing(target.name)
-        version = (given.get("metadata") or {}).get("resourceVersion")
+        value = changed(self._seen(before, target), given)
+        version = (value.get("metadata") or {}).get("resourceVersion")
         if version and version != before["metadata"]["resourceVersion"]:
             return self._fail(409, "Conflict", f"{target.name} was changed meanwhile")
-        value = changed(self._seen(before, target), given)
         if target.subresource == "scale":
             value = before | {"spec": before["spec"] | {"replicas": value["spec"]["replicas"]}}
         value["metadata"]["namespace"] = target.namespace

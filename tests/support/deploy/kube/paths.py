@@ -76,6 +76,11 @@ def group_of(plural: str) -> str:
     return next(group for group, kinds in KINDS.items() if plural in kinds)
 
 
+def is_custom(plural: str) -> bool:
+    """True for custom resources, which know no strategic merge patches."""
+    return ".x-k8s.io/" in group_of(plural)
+
+
 def discovery(path: list[str]) -> Object | None:
     if path == ["version"]:
         return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
