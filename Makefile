@@ -61,7 +61,8 @@ chaos: $(STAMP)-all,test,redis
 		tests/system/test_start.py tests/cluster/test_gpu_faults.py tests/system/test_resume.py
 
 # A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost, and one on a Ray
-# whose supervisor is killed; workers of Ray that die, freeze and drain; ranks and a scaler under load: seven minutes.
+# whose supervisor is killed; workers of Ray that die, freeze and drain, nodes that its autoscaler brings, a head that is
+# away; ranks and a scaler under load: ten minutes.
 nodes: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py tests/system/test_ray.py tests/system/test_migration.py \
 		tests/system/test_equality.py tests/cluster/deployment tests/cluster/operations tests/worker/test_ranks.py

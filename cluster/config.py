@@ -271,6 +271,13 @@ def _check_planner(config: Config) -> None:
                 f"cluster.{role} is {count}; must be within planner.min_{role}_workers ({least}) and "
                 f"planner.max_{role}_workers ({most}), as the cluster starts with it"
             )
+    if planner.new_nodes and (cluster.launcher != "ray" or cluster.ray_address in (None, "local")):
+        raise ConfigError(
+            "planner.new_nodes is true, and only a Ray that is joined can be asked for nodes; give cluster.ray_address "
+            "(and cluster.launcher ray), or leave it off"
+        )
+    if planner.new_nodes and planner.max_workers is None:
+        raise ConfigError("planner.new_nodes is true, and without planner.max_workers no worker is started; give both")
     total = cluster.prefill + cluster.decode
     if planner.max_workers is not None and not planner.min_workers <= total <= planner.max_workers:
         raise ConfigError(

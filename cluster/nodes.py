@@ -10,6 +10,8 @@ from typing import NamedTuple
 from ..worker.machine import MachineFacts
 
 LOOPBACK = "127.0.0.1"
+TO_COME = "to come"
+"""Name of the machine of a place whose machine is not there yet."""
 
 
 @dataclass(frozen=True, slots=True)

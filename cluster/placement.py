@@ -17,7 +17,7 @@ from ..model.ops.device import chosen_kind, refuse_gpu_ranks
 from ..worker.automatic import Decision, decided_patience, decided_router, size_worker
 from ..worker.machine import MachineFacts
 from .config import Config
-from .nodes import LOOPBACK, Node, Wanted, spread
+from .nodes import LOOPBACK, TO_COME, Node, Wanted, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,8 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
     most = config.num_places
     wanted = [Wanted(prefix, cluster.ranks_of(role)) for prefix, role in roles]
     wanted += wanted[-1:] * (most - len(wanted))  # the planner's workers all have the same number of ranks
+    coming = most - _num_now(config, usable, device, len(roles))
+    wanted = wanted[: most - coming]
     chosen = spread(usable, wanted, device)
     loads = [
         _Load(node, device, tuple(w.num_ranks for w, at in zip(wanted, chosen, strict=True) if at == n))
@@ -155,8 +157,11 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
     decisions += more
     each = ProcessPlan("", "worker", memory_bytes=share, device=device)
     places = _places(replace(each, metrics_port=cluster.worker_metrics_port), chosen, wanted, loads, config)
+    further = replace(places[-1], node=TO_COME, host="", gpu=0, gpu_share=1.0, first_core=None)
+    ports = [port and port + n for n, port in enumerate([cluster.worker_metrics_port] * most)]
+    places += [replace(further, metrics_port=port) for port in ports[len(places) :]]
     here = next((node for node in nodes if node.is_here), nodes[0])
-    is_spread = any(load.node is not here for load in used_nodes)
+    is_spread = coming > 0 or any(load.node is not here for load in used_nodes)
     if not is_spread:
         places = [replace(place, host=LOOPBACK) for place in places]
     counts: dict[str, int] = {}
@@ -173,6 +178,14 @@ def place_on(config: Config, nodes: Sequence[Node], model: ModelFacts) -> Plan:
     served = replace(model, max_model_len=sized.max_model_len)
     settled, free = config.model_copy(update=update), tuple(places[len(roles) :])
     return Plan(tuple(members), served, sized.pool, settled, tuple(decisions), _spare_gpus(members, nodes), free)
+
+
+def _num_now(config: Config, nodes: Sequence[Node], device: str, num_configured: int) -> int:
+    """Number of workers with a place on the present nodes. The others wait for further nodes."""
+    if not config.planner.new_nodes:
+        return config.num_places
+    num_ranks = config.cluster.ranks_of(Role.DECODE)
+    return min(config.num_places, max(num_configured, sum(node.units(device) // num_ranks for node in nodes)))
 
 
 @dataclass(frozen=True, slots=True)

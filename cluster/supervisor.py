@@ -25,6 +25,7 @@ from .launch.launcher import Site
 from .launch.launchers import launcher_class
 from .lives import Seen, lives_of, looks
 from .members import Members
+from .nodes import Node
 from .operations.changes import Changes
 from .operations.operator import Operator
 from .operations.room import Room
@@ -222,6 +223,18 @@ class Supervisor:
     def cordoned_gpus(self) -> dict[int, str]:
         """GPUs that no worker may use, with the reason."""
         return self._members.cordoned_gpus
+
+    async def machines(self) -> list[Node]:
+        """All machines that answer now. Empty: this one only."""
+        return await self._launcher.machines()
+
+    async def want(self, workers: list[ProcessPlan]) -> str:
+        """Ask for machines for these workers and no others; returns what was asked."""
+        return await self._launcher.want(workers)
+
+    def owns(self, name: str) -> bool:
+        """True if a member runs or will be restarted."""
+        return self._members.book.owned(name)
 
     def standing(self, name: str) -> Standing | None:
         """State of a member; None: there is none of this name."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 from ...core.tls.callers import Caller
 from ...kernels.cpu.build import stop_building
 from ...router.process import RouterProcess
 from ...worker.process import WorkerProcess
+from ..nodes import Node
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd, end_of_typed
 from .launcher import Ended, Site, worker_settings
@@ -67,6 +69,14 @@ class InProcessLauncher:
     async def kill(self, name: str) -> None:
         """Stop a member without a drain."""
         await self.stop(name, 0.0)
+
+    async def machines(self) -> list[Node]:
+        """Always empty: this machine only."""
+        return []
+
+    async def want(self, _workers: Sequence[ProcessPlan]) -> str:
+        """Always empty: no other machine comes."""
+        return ""
 
     async def close(self) -> None:
         """Stop all running members."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from ...core.tls.config import TlsConfig
 from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
 from ..config import Config
-from ..nodes import LOOPBACK
+from ..nodes import LOOPBACK, Node
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd
 
@@ -91,6 +91,17 @@ class Launcher(Protocol):
 
     async def kill(self, name: str) -> None:
         """End a member now, even a frozen one. `ended` is called as for any end."""
+        ...
+
+    async def machines(self) -> list[Node]:
+        """All machines that a worker can be started on now, with what is free there. Empty: this one only."""
+        ...
+
+    async def want(self, workers: Sequence[ProcessPlan]) -> str:
+        """Ask for room for all these workers, present ones and others, on machines that may come; the whole each time.
+
+        Returns what was asked for, for people; empty: nobody here can be asked.
+        """
         ...
 
     async def close(self) -> None:

@@ -7,12 +7,14 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from ...core.tls.callers import Caller
 from ..deployment.processes import NAME_OPTION, ProcessIdentity, identity_of, is_stopped
+from ..nodes import Node
 from ..placement import ProcessPlan
 from ..scratch import Scratch
 from .adopted import AdoptedProcess
@@ -116,6 +118,14 @@ class ProcessLauncher:
         process = self._processes.get(name)
         if process is not None:
             _end(process)
+
+    async def machines(self) -> list[Node]:
+        """Always empty: this machine only."""
+        return []
+
+    async def want(self, _workers: Sequence[ProcessPlan]) -> str:
+        """Always empty: no other machine comes."""
+        return ""
 
     async def close(self) -> None:
         """End all running children and remove the files."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,19 +21,22 @@ from ...prefill_worker.actor import PrefillWorker
 from ...router.actor import Router
 from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
-from ..nodes import stand_in
+from ..nodes import Node, stand_in
 from ..placement import ProcessPlan
 from .last_words import ProcessEnd, end_of_error
 from .launcher import Ended, Site, worker_settings
 from .ray_detached import lives, named_actor
-from .ray_nodes import living_nodes, on_node
+from .ray_nodes import answering_nodes, living_nodes, on_node
 from .ray_session import NAMESPACE, RaySession
+from .ray_wanted import Wishes
 
 if TYPE_CHECKING:
     from ...router.process import RouterProcess
     from ...worker.process import WorkerProcess
 
 log = logging.getLogger(__name__)
+
+_WITHDRAW_S = 0.5
 
 
 class RayLauncher:
@@ -43,6 +48,7 @@ class RayLauncher:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._session = RaySession(site.config.cluster.ray_address, site.namespace or NAMESPACE)
+        self._wishes = Wishes(site.namespace or NAMESPACE)
         self._opened = False
         self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
         self._actors: dict[str, Any] = {}
@@ -115,9 +121,22 @@ class RayLauncher:
         if name in self._actors:
             ray.kill(self._actors[name], no_restart=True)
 
+    async def machines(self) -> list[Node]:
+        """The nodes of a joined Ray that answer now. Empty on a Ray of our own."""
+        if not self._session.is_joined:
+            return []
+        return await asyncio.get_running_loop().run_in_executor(self._executor, answering_nodes)
+
+    async def want(self, workers: Sequence[ProcessPlan]) -> str:
+        """Ask the autoscaler of a joined Ray for room for all these workers."""
+        return await self._wishes.state(workers, self._nodes) if self._session.is_joined else ""
+
     async def close(self) -> None:
         """Stop all actors, shut our Ray down and remove its files."""
         await asyncio.gather(*(self.stop(name, 0.0) for name in list(self._actors)))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_S):
+                await asyncio.to_thread(self._wishes.withdraw)
         await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
         self._opened = False
         self._executor.shutdown(wait=False)
@@ -128,6 +147,9 @@ class RayLauncher:
             watcher.cancel()
         if self._site.member_name:  # nobody else would end them
             await asyncio.gather(*(self.kill(name) for name in list(self._actors)))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_S):
+                await asyncio.to_thread(self._wishes.withdraw)
         await asyncio.to_thread(self._session.abort)
         self._executor.shutdown(wait=False)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..deployment.record import Record
 from .ray_session import RaySession
+from .ray_wanted import withdraw_of
 
 ASK_S = 3.0
 BEYOND_DRAIN_S = 5.0
@@ -92,6 +93,7 @@ class RayTraces:
             for group in (routers, [handle for handle in found if handle not in routers]):
                 _drain(group, drain_s + BEYOND_DRAIN_S)
                 _kill(group)
+            withdraw_of(namespace_of(self._folder, ""))
             return len(found)
 
     def _found(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..nodes import Living, Node
 from .last_words import cause_of
 from .ray_session import RaySession
 
+_FREE_S = 15.0  # for the nodes to answer while a cluster serves
 _FACTS_S = 60.0  # for all nodes to import this package and answer
 _PROBE_S = 0.8
 _PROBES = 64  # at once
@@ -33,6 +35,23 @@ def nodes_of(address: str) -> list[Node]:
         return _nodes()
     finally:
         session.close()
+
+
+def answering_nodes() -> list[Node]:
+    """The nodes of the Ray that this process has joined which answer within a few seconds, with what is free there."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    alive = {node.name for node in living_nodes()}
+    listed = [node for node in _listed() if node["NodeID"] in alive]
+    asked = _asked(listed)
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_FREE_S) if asked else ([], [])
+    found = []
+    for node, question in zip(listed, asked, strict=True):
+        if question in answered:
+            with suppress(ray.exceptions.RayError):
+                found.append(_node_of(node, ray.get(question), here))
+    return found
 
 
 def living_nodes() -> list[Living]:
@@ -82,8 +101,7 @@ def _nodes() -> list[Node]:
 
     here = ray.get_runtime_context().get_node_id()
     found = sorted(_listed(), key=lambda node: bool(node["NodeID"] != here))
-    ask: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env=_ALL_GPUS)(machine_facts)
-    asked = [ask.options(**on_node(node["NodeID"])).remote() for node in found]
+    asked = _asked(found)
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_FACTS_S)
     nodes = []
     for node, question in zip(found, asked, strict=True):
@@ -95,11 +113,21 @@ def _nodes() -> list[Node]:
         except ray.exceptions.RayError as error:
             what = f"{who} cannot run a worker: {cause_of(str(error))}; install the same twostroke on every node"
             raise ConfigError(what) from None
-        is_here = node["NodeID"] == here
-        nodes.append(
-            Node(node["NodeID"], node["NodeManagerAddress"], _within(facts, node["Resources"]), is_here=is_here)
-        )
+        nodes.append(_node_of(node, facts, here))
     return nodes
+
+
+def _asked(nodes: list[dict[str, Any]]) -> list[Any]:
+    """Ask each node for its facts; returns Ray's references to the answers."""
+    import ray
+
+    ask: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0, runtime_env=_ALL_GPUS)(machine_facts)
+    return [ask.options(**on_node(node["NodeID"])).remote() for node in nodes]
+
+
+def _node_of(node: dict[str, Any], facts: MachineFacts, here: str) -> Node:
+    within = _within(facts, node["Resources"])
+    return Node(node["NodeID"], node["NodeManagerAddress"], within, is_here=node["NodeID"] == here)
 
 
 def _within(facts: MachineFacts, resources: dict[str, float]) -> MachineFacts:

@@ -62,6 +62,11 @@ class RaySession:
         self._is_aborted = False
         self._before: dict[str, str | None] = {}
 
+    @property
+    def is_joined(self) -> bool:
+        """True if the Ray is somebody else's, which may have several machines."""
+        return self._address is not None
+
     def open(self) -> None:
         """Start or join Ray. Takes 3 to 6 seconds, on a busy machine up to a minute and a half.
 

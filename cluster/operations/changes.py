@@ -85,14 +85,25 @@ class Changes:
 
     async def add(self, role: Role) -> ProcessPlan | NoRoom:
         """Start a worker of this role, if there is a place for it. Returns before it serves."""
-        machine = await asyncio.to_thread(machine_facts)
         supervisor = self._supervisor
+        nodes = await supervisor.machines()
+        here = [node.machine for node in nodes if node.is_here]
+        machine = here[0] if here else await asyncio.to_thread(machine_facts)
         members = list(supervisor.members.values())
-        loading = sum(1 for m in members if m.kind == "worker" and supervisor.standing(m.name) is not Standing.READY)
-        found = supervisor.room.take(role, machine, members, supervisor.cordoned_gpus, num_loading=loading)
+        loading = [m for m in members if m.kind == "worker" and supervisor.standing(m.name) is not Standing.READY]
+        found = supervisor.room.take(role, machine, members, supervisor.cordoned_gpus, loading=loading, nodes=nodes)
         if isinstance(found, ProcessPlan):
             supervisor.add(found)
         return found
+
+    async def want(self, num_more: int) -> str:
+        """Ask for machines for all workers that run or will be restarted, and for so many more.
+
+        Returns what was asked; empty: nobody can be asked.
+        """
+        supervisor = self._supervisor
+        owned = [m for m in supervisor.members.values() if m.kind == "worker" and supervisor.owns(m.name)]
+        return await supervisor.want([*owned, *supervisor.room.places_to_come(num_more)])
 
     async def serves(self, name: str, timeout_s: float) -> None:
         """Wait until a member serves.

@@ -9,8 +9,9 @@ import asyncio
 import json
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from ...core.clock import Clock
 from ...core.errors import TwostrokeError
@@ -26,6 +27,7 @@ from .room import NoRoom
 log = logging.getLogger(__name__)
 
 MAX_EVENTS = 32
+LOOK_S = 5.0  # between two looks for machines that came
 
 Observe = Callable[[], Observation | None]
 
@@ -45,6 +47,9 @@ class Scaler:
         self._clock, self._say = clock, say
         self._incarnation = time.time_ns()
         self._starting: dict[str, float] = {}  # workers that we started and that have not served yet
+        self._awaiting: list[tuple[Role, float]] = []  # workers that wait for a machine, and since when
+        self._looked_at_s = float("-inf")  # for machines that came
+        self._asked = ""
 
     async def run(self) -> None:
         """Decide and act once per interval, until cancelled."""
@@ -63,13 +68,17 @@ class Scaler:
             decision = self.planner.decide(None, now_s)  # the cool-down begins again
         else:
             await self._give_up_late(now_s)
+            await self._start_awaiting(now_s)
             decision = self.planner.decide(self.observe(), now_s, self._changes.num_owned)
             if not isinstance(decision.action, Hold):
                 self._tell(f"planner: {decision.action.name}: {decision.reason}")
                 log.info("planner: %s", json.dumps(decision.facts()))
                 await self._carry_out(decision.action, now_s)
-        self.last = decision
-        await self._report(decision)
+        await self._ask_for_machines()
+        waiting = Counter(role.value for role, _ in self._awaiting)
+        words = [f"{count} {role} worker(s) wait for a machine: {self._asked}" for role, count in waiting.items()]
+        self.last = replace(decision, pending=(*decision.pending, *words))
+        await self._report(self.last)
 
     async def _carry_out(self, action: Action, now_s: float) -> None:
         try:
@@ -90,10 +99,48 @@ class Scaler:
         for place, role in enumerate(roles):
             found = await self._changes.add(role)
             if isinstance(found, NoRoom):
-                self.planner.refused(len(roles) - place, found.reason, now_s)
-                self._tell(f"planner: no worker is started: {found.reason}")
+                self._wait_or_refuse(roles[place:], found, now_s)
                 return
             self._starting[found.name] = now_s
+
+    def _wait_or_refuse(self, roles: tuple[Role, ...], found: NoRoom, now_s: float) -> None:
+        """Workers that find no room: as many as machines may come for wait for them, the others are given up."""
+        num_waiting = min(len(roles), max(0, found.num_to_come - len(self._awaiting)))
+        self._awaiting += [(role, now_s) for role in roles[:num_waiting]]
+        if num_waiting:
+            self._looked_at_s = now_s
+            self._tell(f"planner: {num_waiting} worker(s) wait for a machine: {found.reason}")
+        if num_waiting < len(roles):
+            self.planner.refused(len(roles) - num_waiting, found.reason, now_s)
+            self._tell(f"planner: no worker is started: {found.reason}")
+
+    async def _start_awaiting(self, now_s: float) -> None:
+        """Start workers that wait on machines that came; give up those that waited too long."""
+        for role, since_s in [each for each in self._awaiting if now_s - each[1] > self._config.start_timeout_s]:
+            self._awaiting.remove((role, since_s))
+            reason = f"no machine came for a {role.value} worker within {self._config.start_timeout_s:g} s"
+            self.planner.refused(1, reason, now_s)
+            self._tell(f"planner: {reason}")
+        if now_s - self._looked_at_s < LOOK_S:
+            return
+        while self._awaiting:
+            self._looked_at_s = now_s
+            role, since_s = self._awaiting[0]
+            found = await self._changes.add(role)
+            if isinstance(found, NoRoom):
+                return
+            del self._awaiting[0]
+            self._starting[found.name] = now_s
+            self._tell(f"planner: {found.name} starts on {found.host}, after {now_s - since_s:.0f} s")
+
+    async def _ask_for_machines(self) -> None:
+        """State all that is wanted of machines, where workers come and go and somebody can be asked."""
+        if self._config.max_workers is None:
+            return
+        asked = await self._changes.want(len(self._awaiting))
+        if asked and asked != self._asked:
+            self._tell(f"planner: {asked}")
+        self._asked = asked
 
     async def _give_up_late(self, now_s: float) -> None:
         """Take back started workers that do not serve by the timeout."""

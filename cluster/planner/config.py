@@ -32,6 +32,11 @@ class PlannerConfig(Section):
     max_workers: int | None = Field(
         None, ge=2, le=1024, description="of both roles together; none: as many as are configured: only roles change"
     )
+    new_nodes: bool = Field(
+        False,
+        description="on a Ray that is joined: workers beyond the devices of its present nodes wait for further nodes, "
+        "which Ray's autoscaler is asked for; off: all workers share the present nodes",
+    )
     start_up_s: float = Field(
         60.0, gt=0, description="from the start of a worker until it serves; loads are forecast so far"
     )

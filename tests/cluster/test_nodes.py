@@ -1,6 +1,7 @@
 """Which worker runs on which machine of a cluster, with how many threads and how much memory."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from twostroke.checkpoint import locate
 from twostroke.checkpoint.config import BUNDLED
 from twostroke.checkpoint.locate import located, located_on_node
 from twostroke.cluster.config import load_config
-from twostroke.cluster.nodes import LOOPBACK, Living, Node, Wanted, spread, stand_in
+from twostroke.cluster.nodes import LOOPBACK, TO_COME, Living, Node, Wanted, spread, stand_in
 from twostroke.cluster.operations.room import NoRoom, Room
 from twostroke.cluster.placement import ModelFacts, bytes_beside_workers, place, place_on
 from twostroke.core.errors import CheckpointError, ConfigError
@@ -144,6 +145,57 @@ def test_no_worker_is_added_where_free_memory_is_not_known():
     assert "it is for 10.0.0.2, another machine" in refused.reason
     elsewhere = next(worker for worker in plan.workers if worker.node == "n2")
     assert isinstance(room.beside(elsewhere, here, plan.members), NoRoom)
+
+
+def test_where_nodes_may_come_workers_beyond_the_devices_wait_for_them_and_have_room_of_their_own():
+    flags = {"planner.enabled": True, "planner.max_workers": 6, "cache.tokens": 4096}
+    asks = {"planner.new_nodes": True}
+    two = [node(1, cores=1), node(2, cores=2)]
+    crowded = plan_of(two, cluster__prefill=1, cluster__decode=1, **flags)
+    plan = plan_of(two, cluster__prefill=1, cluster__decode=1, **flags, **asks)
+    assert [place.node for place in plan.free_places] == ["n2", TO_COME, TO_COME, TO_COME]
+    assert {place.memory_bytes for place in plan.free_places} == {plan.workers[0].memory_bytes}
+    assert plan.workers[0].memory_bytes > crowded.workers[0].memory_bytes
+    alone = plan_of([node(1, cores=1)], cluster__prefill=1, cluster__decode=1, **flags, **asks)
+    assert len(alone.workers) == 2  # as configured
+    room, nodes = Room(plan), list(two)
+    assert [place.node for place in room.places_to_come(1)] == [TO_COME]
+    small = replace(two[1], machine=MachineFacts(2, 1 << 20))
+    lacks = room.take(Role.DECODE, two[0].machine, plan.members, nodes=[two[0], small])
+    assert isinstance(lacks, NoRoom)
+    assert lacks.num_to_come == 3  # its own node is there, without the memory
+    first = room.take(Role.DECODE, nodes[0].machine, plan.members, nodes=nodes)
+    assert not isinstance(first, NoRoom)
+    assert first.node == "n2"
+    members = [*plan.members, first]
+    full = room.take(Role.DECODE, nodes[0].machine, members, nodes=nodes)
+    assert isinstance(full, NoRoom)
+    assert (full.num_to_come, room.num_free) == (3, 3)
+    nodes.append(replace(node(3, cores=1), machine=MachineFacts(1, 1 << 20)))
+    small = room.take(Role.DECODE, nodes[0].machine, members, nodes=nodes)
+    assert isinstance(small, NoRoom)
+    assert small.reason.startswith("10.0.0.3 has 1 MiB free")
+    nodes.append(node(4, cores=1))
+    came = room.take(Role.PREFILL, nodes[0].machine, members, nodes=nodes)
+    assert not isinstance(came, NoRoom)
+    assert (came.name, came.node, came.host) == ("prefill-1", "n4", "10.0.0.4")
+    room.give_back(came)
+    assert [place.node for place in room.places_to_come(2)] == [TO_COME, TO_COME]
+    assert [place.host for place in room.free] == [""] * 3
+
+
+def test_a_loading_worker_counts_on_its_own_node_only():
+    flags = {"planner.enabled": True, "planner.max_workers": 4, "cache.tokens": 4096}
+    plan = plan_of([node(1), node(2)], cluster__prefill=1, cluster__decode=1, **flags)
+    room, worker = Room(plan), next(worker for worker in plan.workers if worker.node == "n2")
+    needed = room._bytes_of(worker)
+    other = replace(node(2), machine=MachineFacts(8, needed))
+    nothing = MachineFacts(8, 0)
+    loading = [worker]
+    assert isinstance(room.take(Role.DECODE, nothing, plan.members, loading=loading, nodes=[other]), NoRoom)
+    found = room.take(Role.DECODE, nothing, plan.members, loading=[replace(worker, node="n1")], nodes=[other])
+    assert not isinstance(found, NoRoom)
+    assert found.node == "n2"
 
 
 def test_a_checkpoint_is_found_again_on_another_node(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_a_machine_that_is_full_is_told_with_the_arithmetic() -> None:
     assert room.num_free == 2  # nothing was taken
     needed = MODEL.weight_bytes + plan.pool.pool_bytes + (300 << 20)
     exact = replace(CPU, memory_bytes=needed)
-    assert isinstance(room.take(Role.DECODE, exact, plan.members, num_loading=1), NoRoom)
+    assert isinstance(room.take(Role.DECODE, exact, plan.members, loading=plan.workers[:1]), NoRoom)
     assert isinstance(room.take(Role.DECODE, exact, plan.members), ProcessPlan)
 
 
