@@ -172,7 +172,8 @@ class WorkerProcess:
         )
         self._announcer.start()
         if self.metrics_address:
-            log.info("%s exports metrics at http://%s/metrics", self.settings.worker_id, self.metrics_address)
+            url = f"http{'s' if self._tls else ''}://{self.metrics_address}/metrics"
+            log.info("%s exports metrics at %s", self.settings.worker_id, url)
         log.info("%s (%s) serves at %s", self.settings.worker_id, self.role.value, self.address)
 
     async def stop(self, grace_s: float) -> None:
@@ -421,7 +422,8 @@ class WorkerProcess:
         if self.settings.metrics_port is not None:
             gpu = self._gpu.state if self._gpu is not None else lambda: None
             served = pages(self._metrics, self.dispatcher, self.health, self._is_known, gpu)
-            self._scrapes = ScrapeServer(served, self.settings.metrics_keys)
+            context = self._tls.http_context() if self._tls else None
+            self._scrapes = ScrapeServer(served, self.settings.metrics_keys, context=context)
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
 
     def _host(self) -> str:

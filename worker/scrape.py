@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import ssl
 from collections.abc import Callable, Sequence
 from hmac import compare_digest
 from http import HTTPStatus
@@ -23,6 +25,7 @@ OPEN = ("/health", "/livez", "/readyz")  # for probes, which have no key and may
 MAX_CONNECTIONS = 32
 MAX_HEAD_BYTES = 8 << 10
 EXCHANGE_S = 10.0  # from the connection to the last byte of its one answer
+ACCEPT_PAUSE_S = 0.1  # where the system gives no connection
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -40,13 +43,21 @@ class ScrapeServer:
     loopback address, only loopback host names are answered, so that no web page can read the answers (browser.py).
     """
 
-    def __init__(self, pages: dict[str, Page], keys: Sequence[str] = (), exchange_s: float = EXCHANGE_S) -> None:
+    def __init__(
+        self,
+        pages: dict[str, Page],
+        keys: Sequence[str] = (),
+        exchange_s: float = EXCHANGE_S,
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        """`context`: every connection begins with TLS, which is part of its exchange; None: without."""
         self._pages = pages
         self._keys = [digest_of(key) for key in keys]
         self._is_private = True
         self._exchange_s = exchange_s
+        self._context = context
         self._open: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> str:
         """Bind the port; returns host:port with the port that was given or chosen.
@@ -54,42 +65,69 @@ class ScrapeServer:
         Raises:
             ConfigError: the port is in use, or the host is no address of this machine.
         """
+        loop = asyncio.get_running_loop()
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=MAX_HEAD_BYTES)
+            family, *_, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+            listening = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
         except OSError as error:
             raise ConfigError(
                 f"the metrics port {host}:{port} cannot be bound: {error.strerror or error}; choose another with "
                 "--metrics-port (cluster.worker_metrics_port), 0 for any, or none"
             ) from None
-        address, found, *_ = self._server.sockets[0].getsockname()
-        self._is_private = is_loopback_name(address)
+        listening.setblocking(False)
+        bound, found, *_ = listening.getsockname()
+        self._is_private = is_loopback_name(bound)
+        self._accepting = asyncio.create_task(self._accept(listening))
         return f"[{host}]:{found}" if ":" in host else f"{host}:{found}"
 
     async def close(self) -> None:
         """Free the port and cut off running exchanges."""
-        if self._server is not None:
-            self._server.close()
-        for task in self._open:
+        tasks = [*self._open, *([self._accepting] if self._accepting is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._open, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._open.add(task)
+    async def _accept(self, listening: socket.socket) -> None:
+        """Take connections, while there is room; one beyond it is closed at once."""
+        loop = asyncio.get_running_loop()
+        with listening:
+            while True:
+                try:
+                    connection, _ = await loop.sock_accept(listening)
+                except OSError as error:  # such as too many open files
+                    log.debug("a scrape cannot be accepted: %s", error)
+                    await asyncio.sleep(ACCEPT_PAUSE_S)
+                    continue
+                if len(self._open) >= MAX_CONNECTIONS:
+                    connection.close()
+                    continue
+                task = asyncio.create_task(self._serve(connection))
+                self._open.add(task)
+                task.add_done_callback(self._open.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        loop, transport = asyncio.get_running_loop(), None
+        reader = asyncio.StreamReader(limit=MAX_HEAD_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        within = {} if self._context is None else {"ssl_handshake_timeout": self._exchange_s}
         try:
-            if len(self._open) <= MAX_CONNECTIONS:
-                async with asyncio.timeout(self._exchange_s):
-                    writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
-                    await writer.drain()
-                    writer.close()
-                    await writer.wait_closed()
+            async with asyncio.timeout(self._exchange_s):
+                transport, _ = await loop.connect_accepted_socket(
+                    lambda: protocol, connection, ssl=self._context, **within
+                )
+                writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+                writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             log.debug("a scrape came to nothing: %s", error)
         finally:
             with contextlib.suppress(OSError, RuntimeError):
-                writer.transport.abort()  # no effect on a closed connection
-            self._open.discard(task)
+                if transport is None:
+                    connection.close()
+                else:
+                    transport.abort()  # no effect on a closed connection
 
     def _answer(self, head: bytes) -> bytes:
         line, *lines = head.decode("latin-1").split("\r\n")

@@ -11,6 +11,7 @@ from .config import TlsConfig
 from .credentials import rotating_credentials
 from .handshake import Pem, reason_of, server_context
 from .pem import PemSource
+from .rotating import RotatingContext
 
 SETTINGS = {"ca": "router.ssl_ca_certs", "cert": "router.ssl_certfile", "key": "router.ssl_keyfile"}
 
@@ -28,35 +29,19 @@ class FaceTls:
         config = TlsConfig(ca=ca_certs or certfile, cert=certfile, key=keyfile or certfile)
         settings = SETTINGS if ca_certs else SETTINGS | {"ca": SETTINGS["cert"]}
         self._source = PemSource(config, self._check, settings)
-        self._pem = self._source.current()
-        self._context = self._made(self._pem)
+        self._contexts = RotatingContext(self._source.current, wants_certificates=self.wants_certificates)
 
     def http_context(self) -> ssl.SSLContext:
         """Context for servers of the standard library. It hands every new connection to the present one."""
-        outer = self._made(self._source.current())
-
-        def pick(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
-            connection.context = self._present()
-
-        outer.sni_callback = pick
-        return outer
+        return self._contexts.outer()
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """Credentials for gRPC servers."""
         return rotating_credentials(self._source.current, wants_certificates=self.wants_certificates)
 
-    def _present(self) -> ssl.SSLContext:
-        pem = self._source.current()
-        if pem is not self._pem:
-            self._context, self._pem = self._made(pem), pem
-        return self._context
-
-    def _made(self, pem: Pem) -> ssl.SSLContext:
-        return server_context(pem, wants_certificates=self.wants_certificates)
-
     def _check(self, pem: Pem) -> None:
         try:
-            self._made(pem)
+            server_context(pem, wants_certificates=self.wants_certificates)
         except ssl.SSLError as error:
             what = f"router.ssl_certfile and router.ssl_keyfile cannot be used: {reason_of(error)}"
             raise ConfigError(what) from None

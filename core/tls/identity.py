@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .config import TlsConfig
 from .credentials import rotating_credentials
 from .handshake import Pem, names_in, why_refused
 from .pem import PemSource
+from .rotating import RotatingContext
 
 DIAGNOSE_EVERY_S = 30.0  # between two handshakes that find out why the same peer refuses
 MAX_DIAGNOSES = 1024  # peers whose last diagnosis is kept
@@ -54,6 +56,10 @@ class TlsIdentity:
     def server_credentials(self) -> grpc.ServerCredentials:
         """Credentials that want a certificate of every client. Each new connection uses the present certificates."""
         return rotating_credentials(self.current, wants_certificates=True)
+
+    def http_context(self) -> ssl.SSLContext:
+        """Context of an HTTP server that shows the present certificate, and wants none of probes and scrapers."""
+        return RotatingContext(self.current, wants_certificates=False).outer()
 
     def channel(self, address: str, callee: Caller, options: Sequence[tuple[str, Any]] | None) -> grpc.aio.Channel:
         """A channel with the present certificates to a process of the role `callee`."""

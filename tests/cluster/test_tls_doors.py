@@ -8,9 +8,11 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 import yaml
 from support.clusters.certificates import DEPLOYMENT, Shown, issued, made
+from support.clusters.sockets import check_listeners, declared_by, listeners, speaks_tls
 from support.engines.workers import CLUSTER_KEY
 
 from twostroke.cluster.authority import Authority, _loaded, renew, renew_authority
@@ -114,6 +116,17 @@ async def test_a_worker_lets_each_role_do_its_own(start_worker, tmp_path):
     assert worker.counters["calls_refused"] > 0
     await try_bad_certificates(worker.address, authority, Caller.WORKER, TRANSFER)
     assert not worker.is_draining
+
+
+async def test_every_socket_of_a_worker_with_certificates_speaks_tls(start_worker, tmp_path):
+    before = {each.port for each in listeners([psutil.Process()])}
+    worker = await start_worker(Role.DECODE, tls=made(tmp_path))
+    found = [each for each in listeners([psutil.Process()]) if each.port not in before]
+    addresses = {"address": worker.address, "metrics_address": worker.metrics_address}
+    assert check_listeners(found, declared_by({"workers": [{"worker_id": "decode-0"} | addresses]})) == []
+    assert {each.port for each in found if await asyncio.to_thread(speaks_tls, each.port)} == {e.port for e in found}
+    plain = await start_worker(Role.PREFILL)
+    assert not await asyncio.to_thread(speaks_tls, int(plain.metrics_address.rpartition(":")[2]))
 
 
 async def test_the_routers_internal_port_lets_each_role_do_its_own(tmp_path):

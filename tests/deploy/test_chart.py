@@ -341,9 +341,9 @@ def test_probes_ask_for_the_step_loop_and_for_a_worker_that_decodes(arguments: l
             if container["name"] == "worker":
                 asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
                 assert asked == {
-                    "startup": {"path": "/livez", "port": "metrics"},
-                    "liveness": {"path": "/livez", "port": "metrics"},
-                    "readiness": {"path": "/readyz", "port": "metrics"},
+                    "startup": {"path": "/livez", "port": "metrics", "scheme": "HTTP"},
+                    "liveness": {"path": "/livez", "port": "metrics", "scheme": "HTTP"},
+                    "readiness": {"path": "/readyz", "port": "metrics", "scheme": "HTTP"},
                 }
                 start = container["startupProbe"]
                 assert start["failureThreshold"] * start["periodSeconds"] >= 1800

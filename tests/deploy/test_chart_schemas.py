@@ -80,6 +80,13 @@ def test_everything_at_once_is_valid(everything: str, mode: str, version: str):
     assert {"ray": "RayCluster", "disaggregatedset": "DisaggregatedSet"}.get(mode, "Deployment") in kinds
 
 
+@pytest.mark.parametrize("mode", ["deployments", "disaggregatedset"])
+def test_the_planner_and_scrapes_with_tls_are_valid(mode: str):
+    given = ["planner.enabled=true", "tls.enabled=true", "monitoring.podMonitor.enabled=true"]
+    kinds = check(render(*(f"--set={each}" for each in (f"mode={mode}", *given))), VERSIONS[1])
+    assert {"Role", "RoleBinding", "PodMonitor"} <= kinds
+
+
 def test_a_missing_schema_and_an_unknown_field_are_failures():
     with pytest.raises(kubernetes_validate.utils.SchemaNotFoundError):
         check([{"apiVersion": "v1", "kind": "Nonsense", "metadata": {"name": "a"}}], VERSIONS[0])

@@ -57,6 +57,24 @@ def test_every_pod_has_its_roles_certificate_in_every_mode():
             assert ("--insecure" in container["args"]) == (container["name"] == "router")
 
 
+def test_workers_are_scraped_and_probed_with_tls_where_their_links_have_it():
+    monitored = "--set=monitoring.podMonitor.enabled=true"
+    made = render(*ISSUER, monitored)
+    monitors = [m for m in made if m["kind"] == "PodMonitor"]
+    assert {m["metadata"]["name"] for m in monitors} == {f"{NAME}-prefill", f"{NAME}-decode"}
+    for monitor in monitors:
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["scheme"] == "https"
+        ca = {"secret": {"name": f"{NAME}-worker-tls", "key": "ca.crt"}}
+        assert endpoint["tlsConfig"] == {"ca": ca, "serverName": name_of(NAME, Caller.WORKER)}
+    for container, _ in pods(made):
+        if container["name"] == "worker":
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+    for monitor in [m for m in render(monitored) if m["kind"] == "PodMonitor"]:
+        assert not {"scheme", "tlsConfig"} & set(monitor["spec"]["podMetricsEndpoints"][0])
+
+
 def test_own_secrets_need_no_cert_manager_and_without_tls_there_is_nothing():
     own = render("--set=tls.enabled=true", "--set=tls.workerSecretName=mine")
     assert not [m for m in own if m["kind"] == "Certificate"]

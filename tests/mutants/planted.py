@@ -257,6 +257,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "worker/main": ("tests/worker/test_worker_process.py",),
     "cluster/launch/last_words": ("tests/cluster/test_last_words.py",),
     "core/proof": ("tests/core/test_proof.py",),
+    "core/tls/rotating": ("tests/worker/test_scrape.py",),
     "core/tls/face": ("tests/router/api/http/test_tls.py",),
     "core/tls/": ("tests/core/test_tls.py", "tests/cluster/test_tls_doors.py"),
     "core/": ("tests/cluster/test_inner_doors.py", "tests/router/workers/test_strangers.py"),

@@ -19,7 +19,9 @@ MUTANTS = [
         "require_client_authentication=wants_certificates",
         "require_client_authentication=False",
     ),
+    Mutant("core/tls/rotating.py", "        if pem is not self._pem:\n", "        if False:\n"),
     Mutant("core/tls/identity.py", "        self.num_failed += 1\n", ""),
     Mutant("core/tls/handshake.py", "            return _flaw(pem)  #", "            return None  #"),
-    Mutant("core/tls/face.py", "            connection.context = self._present()\n", "            pass\n"),
+    Mutant("core/tls/rotating.py", "            connection.context = self._of_now()\n", "            pass\n"),
+    Mutant("core/tls/face.py", "            server_context(pem, wants_certificates=self.wants_certificates)\n", "            pass\n"),
 ]

@@ -1,15 +1,20 @@
 """A worker's HTTP port against clients of every kind: scrapers, probes, and those that only hold a connection."""
 
 import asyncio
+import ssl
 from dataclasses import replace
 from http import HTTPStatus
 
 import pytest
+from support.clusters.certificates import DEPLOYMENT, HOSTS, made
 from support.clusters.flow_cluster import until
 from support.fakes.ear import Ear
 
+from twostroke.cluster.authority import renew
 from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role
+from twostroke.core.tls.callers import Caller, name_of
+from twostroke.core.tls.identity import TlsIdentity
 from twostroke.worker import scrape
 from twostroke.worker.scrape import ScrapeServer
 
@@ -187,3 +192,55 @@ async def test_a_workers_port_ends_with_it(start_worker):
     await worker.stop(0.0)
     with pytest.raises(ConnectionError):
         await asyncio.open_connection(host, int(port))
+
+
+# ---------------------------------------------------------------- with certificates
+
+
+def trusting(directory) -> ssl.SSLContext:
+    """What a scraper needs: the authority, and the name that the certificate must have."""
+    context = ssl.create_default_context(cafile=directory / "ca.pem")
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+async def over_tls(address: str, directory) -> tuple[str, bytes]:
+    """First line of the answer to a scrape, and the certificate that was shown."""
+    host, port = address.split(":")
+    name = name_of(DEPLOYMENT, Caller.WORKER)
+    reader, writer = await asyncio.open_connection(host, int(port), ssl=trusting(directory), server_hostname=name)
+    shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+    line = (await reader.read()).split(b"\r\n")[0].decode()
+    writer.close()
+    return line, shown
+
+
+async def test_where_links_have_certificates_a_scrape_sees_the_workers_present_one(start_worker, tmp_path):
+    worker = await start_worker(Role.DECODE, tls=made(tmp_path))
+    line, before = await over_tls(worker.metrics_address, tmp_path)
+    assert line == "HTTP/1.1 200 OK"
+    host, port = worker.metrics_address.split(":")
+    assert await ask((host, int(port)), b"GET /metrics HTTP/1.1\r\n\r\n") == ("", b"")
+    renew(tmp_path, 10, HOSTS)
+    line, after = await over_tls(worker.metrics_address, tmp_path)
+    assert line == "HTTP/1.1 200 OK"
+    assert after != before
+
+
+async def test_connections_that_shake_no_hands_are_counted_and_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(scrape, "MAX_CONNECTIONS", 2)
+    identity = TlsIdentity(made(tmp_path), Caller.WORKER)
+    server = ScrapeServer({"/metrics": page}, exchange_s=1.0, context=identity.http_context())
+    address = await server.start("127.0.0.1", 0)
+    host, port = address.split(":")
+    silent = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+    with pytest.raises((OSError, ssl.SSLError)):
+        await over_tls(address, tmp_path)
+    for reader, _ in silent:
+        async with asyncio.timeout(60):
+            assert await reader.read() == b""
+    assert (await over_tls(address, tmp_path))[0] == "HTTP/1.1 200 OK"
+    for _, writer in silent:
+        writer.close()
+    await server.close()

@@ -1,6 +1,8 @@
 """Which sockets processes listen on, beside those that a cluster declares. What nobody declared is loopback's alone."""
 
 import ipaddress
+import socket
+import ssl
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -49,6 +51,18 @@ def declared_by(cluster: dict[str, Any], *, is_public: bool = False, **router_po
         for kind in ("address", "metrics_address"):
             declared[f"{worker['worker_id']} {kind}"] = (int(worker[kind].rpartition(":")[2]), False)
     return declared
+
+
+def speaks_tls(port: int) -> bool:
+    """True if a server on loopback answers a TLS handshake, whatever its certificate. Blocks for seconds at most."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection(("127.0.0.1", port), 10) as plain, context.wrap_socket(plain):
+            return True
+    except ssl.SSLError:
+        return False
 
 
 def check_listeners(found: list[Listener], declared: Declared) -> list[Listener]:

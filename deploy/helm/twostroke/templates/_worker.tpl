@@ -35,6 +35,7 @@ volumes:
 {{- $root := .root -}}
 {{- $block := .block -}}
 {{- $model := include "twostroke.model" $root | fromJson -}}
+{{- $scheme := ternary "HTTPS" "HTTP" $root.Values.tls.enabled -}}
 - name: worker
   image: {{ include "twostroke.image" $root }}
   imagePullPolicy: {{ $root.Values.image.pullPolicy }}
@@ -74,16 +75,16 @@ volumes:
     - {name: metrics, containerPort: {{ $root.Values.ports.metrics }}}
   # Started: weights loaded, pool allocated, warm. Live: the step loop beats. Ready: it takes orders, a router knows it.
   startupProbe:
-    httpGet: {path: /livez, port: metrics}
+    httpGet: {path: /livez, port: metrics, scheme: {{ $scheme }}}
     periodSeconds: {{ $block.probes.periodSeconds }}
     failureThreshold: {{ div (add $block.probes.startupSeconds $block.probes.periodSeconds -1) $block.probes.periodSeconds }}
   livenessProbe:
-    httpGet: {path: /livez, port: metrics}
+    httpGet: {path: /livez, port: metrics, scheme: {{ $scheme }}}
     periodSeconds: {{ $block.probes.periodSeconds }}
     timeoutSeconds: 3
     failureThreshold: {{ $block.probes.failureThreshold }}
   readinessProbe:
-    httpGet: {path: /readyz, port: metrics}
+    httpGet: {path: /readyz, port: metrics, scheme: {{ $scheme }}}
     periodSeconds: {{ $block.probes.periodSeconds }}
     timeoutSeconds: 3
     failureThreshold: 1

@@ -279,7 +279,9 @@ class Node:
         port = probe["httpGet"]["port"]
         number = next((each["containerPort"] for each in container["ports"] if each["name"] == port), port)
         try:
-            answer = await self._http.get(f"http://{pod.address}:{number}{probe['httpGet']['path']}", timeout=timeout_s)
+            scheme = probe["httpGet"].get("scheme", "HTTP").lower()
+            url = f"{scheme}://{pod.address}:{number}{probe['httpGet']['path']}"
+            answer = await self._http.get(url, timeout=timeout_s)
         except httpx.HTTPError:
             return False
         return 200 <= answer.status_code < 400
