@@ -1,4 +1,4 @@
-"""`twostroke drain`: a worker takes no new work, ends what it has, and goes."""
+"""`twostroke drain`: a worker takes no new work, ends what it has, and goes; `twostroke undrain`: it stays."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .supervised import refuse_without_supervisor, running_folder_of
 
 MARGIN_S = 60.0  # beyond the drain itself, for the end of the process
 PROGRESS_S = 1.0
+ANSWER_S = 15.0
 
 
 def drain(
@@ -58,6 +59,39 @@ def drain(
             answer = asyncio.run(_drain(client, operator, worker, timeout, force=force))
     typer.echo(answer.said, err=answer.code != 0)
     raise typer.Exit(answer.code)
+
+
+def undrain(
+    worker: Annotated[str, typer.Argument(help="Its name, as `twostroke status` shows it.")],
+    grpc: Grpc = "127.0.0.1:8001",
+    api_key: ApiKey = None,
+    insecure: Insecure = False,
+    tls_ca: Ca = None,
+    tls_cert: Cert = None,
+    tls_key: Key = None,
+    config: o.ConfigFile = None,
+) -> None:
+    """Undo `twostroke drain`, while the worker's process has not ended. Exit code 0: it takes work again; 2: refused.
+
+    Where `serve` or `up` runs on this machine, `drain` must still be waiting. Elsewhere the process stays after a drain
+    until its owner ends it, so it can be taken back at any time; that needs the cluster's key, TWOSTROKE__CLUSTER__KEY.
+    """
+    folder = running_folder_of(grpc)
+    if folder is not None:
+        asked = {"verb": "undrain", "worker": worker}
+        answer = asyncio.run(command(folder.socket, asked, typer.echo, ANSWER_S))
+        typer.echo(answer.said, err=answer.code != 0)
+        raise typer.Exit(answer.code)
+    refuse_without_supervisor(grpc)
+    settings = o.config_from({"config": config})
+    check_key(settings)
+    tls = tls_of(tls_ca)
+    with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0) as client:
+        addresses = {each["worker_id"]: str(each["address"]) for each in client.cluster()["workers"]}
+    if worker not in addresses:
+        raise InvalidRequest(f"no worker is called {worker!r}; there are: {', '.join(sorted(addresses)) or 'none'}")
+    asyncio.run(Operator(settings.cluster.key, settings.cluster.tls).undrain(addresses[worker]))
+    typer.echo(f"{worker} takes work again")
 
 
 def _say(line: str) -> None:

@@ -78,6 +78,8 @@ def status(
             markup=False,
             highlight=False,
         )
+    for name in [worker["worker_id"] for worker in cluster["workers"] if worker["state"] == "draining"]:
+        console.print(f"{name} drains; until it has ended, `twostroke undrain {name}` takes it back", markup=False)
     if cluster["router"].get("num_routers", 1) > 1:
         console.print(_routers(cluster))
     for line in router_problems(cluster):

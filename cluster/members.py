@@ -94,6 +94,11 @@ class Members:
         self.book.stop(name)
         self.going[name] = frees_place
 
+    def keep(self, name: str, now_s: float) -> None:
+        """A member that was let go stays after all. One whose process has ended meanwhile is gone."""
+        if self.going.pop(name, None) is not None:
+            self.book.resume(name, now_s)
+
     def forget(self, name: str) -> bool:
         """A member is gone for good. False: there is none of this name."""
         if name not in self.plans:

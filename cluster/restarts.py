@@ -180,6 +180,11 @@ class RestartBook:
         """Record that a member must not run any more, also one that was never wanted."""
         self._members.setdefault(name, _Member()).standing = Standing.STOPPED
 
+    def resume(self, name: str, now_s: float) -> None:
+        """A member that was stopped, and whose process runs, must run on."""
+        member = self._members[name]
+        member.standing, member.since_s, member.missing_since_s = Standing.READY, now_s, None
+
     def forget(self, name: str) -> None:
         """A stopped member is gone for good."""
         self._members.pop(name, None)

@@ -262,6 +262,11 @@ class Supervisor:
         self._members.let_go(name, frees_place=frees_place)
         self._record()
 
+    def keep(self, name: str) -> None:
+        """Restart a member again that was let go and has not ended."""
+        self._members.keep(name, self._clock.now_s())
+        self._record()
+
     async def remove(self, name: str, grace_s: float) -> None:
         """End a member that was let go, and forget it. Its process drains for `grace_s`."""
         await self._launcher.stop(name, grace_s)

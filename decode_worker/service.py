@@ -10,6 +10,7 @@ from collections.abc import Callable
 from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import FinishReason, SequenceKey
+from ..engine.link.draining import Draining
 from ..kv.messages import epoch_from_wire, error_to_wire
 from ..kv.recent_prompts import RecentPrompts
 from ..protos import common_pb2, worker_pb2
@@ -42,7 +43,7 @@ class DecodeService:
         orphan_grace_s: float = ORPHAN_GRACE_S,
         timing: SessionTiming | None = None,
     ) -> None:
-        self.is_draining = False
+        self.draining = Draining()
         self._tools = tools
         self._tokenizer = tokenizer
         self._orphan_grace_s = orphan_grace_s
@@ -55,6 +56,15 @@ class DecodeService:
         self._idle = asyncio.Event()
         self._idle.set()
         tools.pull.dispatcher.on_step(self._at_step)
+
+    @property
+    def is_draining(self) -> bool:
+        """True if new orders are refused."""
+        return self.draining.is_on
+
+    def undrain(self) -> None:
+        """Take orders again. What a drain has handed back by now stays with others."""
+        self.draining.undo()
 
     @property
     def num_running(self) -> int:
@@ -80,13 +90,7 @@ class DecodeService:
 
         `gave_back` is called with those, since their routers have other workers go on with them.
         """
-        self.is_draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            pass
-        return self.hand_back(gave_back)
+        return self.hand_back(gave_back) if await self.draining.until(self._idle, timeout_s) else 0
 
     def hand_back(self, gave_back: Callable[[list[SequenceKey]], None] | None = None) -> int:
         """Cancel all runs while draining: their routers send them to other workers. Returns their number."""

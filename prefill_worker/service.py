@@ -11,6 +11,7 @@ from ..core.errors import InvalidRequest, Overloaded, PairRefused, TransportUnav
 from ..core.request import Role, SequenceKey
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
+from ..engine.link.draining import Draining
 from ..kv.handover.carrier import StreamHost
 from ..kv.handover.driver import Driver
 from ..kv.handover.frames import WireError, decode_envelope, encode_message, tokens_per_frame, tokens_per_slot
@@ -38,7 +39,7 @@ class PrefillService:
     """
 
     def __init__(self, facts: FaceFacts, tools: PrefillTaskTools, role: Callable[[], Role], max_streams: int) -> None:
-        self.is_draining = False
+        self.draining = Draining()
         self._facts = facts
         self._tools = tools
         self._role = role
@@ -49,6 +50,15 @@ class PrefillService:
         self._count = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def is_draining(self) -> bool:
+        """True if new hand-overs are refused."""
+        return self.draining.is_on
+
+    def undrain(self) -> None:
+        """Take hand-overs again."""
+        self.draining.undo()
 
     @property
     def num_running(self) -> int:
@@ -102,13 +112,7 @@ class PrefillService:
 
     async def drain(self, timeout_s: float) -> int:
         """Refuse new hand-overs and let the running ones end for `timeout_s`; returns the number cancelled then."""
-        self.is_draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            pass
-        return self.cancel_all()
+        return self.cancel_all() if await self.draining.until(self._idle, timeout_s) else 0
 
     def cancel_all(self) -> int:
         """Cancel all streams that have a job; returns their number."""

@@ -55,6 +55,11 @@ class WorkerStub(object):
                 request_serializer=twostroke_dot_protos_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=twostroke_dot_protos_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/twostroke.v1.Worker/Undrain',
+                request_serializer=twostroke_dot_protos_dot_worker__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
+                _registered_method=True)
         self.SetRole = channel.unary_unary(
                 '/twostroke.v1.Worker/SetRole',
                 request_serializer=twostroke_dot_protos_dot_worker__pb2.SetRoleRequest.SerializeToString,
@@ -97,6 +102,13 @@ class WorkerServicer(object):
 
     def Drain(self, request, context):
         """Stop taking orders, let the running ones end, then answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Take orders again; a Drain that waits is answered with ABORTED. Refused once the process ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +157,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=twostroke_dot_protos_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=twostroke_dot_protos_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=twostroke_dot_protos_dot_worker__pb2.UndrainRequest.FromString,
+                    response_serializer=twostroke_dot_protos_dot_common__pb2.WorkerInfo.SerializeToString,
             ),
             'SetRole': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRole,
@@ -270,6 +287,33 @@ class Worker(object):
             '/twostroke.v1.Worker/Drain',
             twostroke_dot_protos_dot_worker__pb2.DrainRequest.SerializeToString,
             twostroke_dot_protos_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twostroke.v1.Worker/Undrain',
+            twostroke_dot_protos_dot_worker__pb2.UndrainRequest.SerializeToString,
+            twostroke_dot_protos_dot_common__pb2.WorkerInfo.FromString,
             options,
             channel_credentials,
             insecure,

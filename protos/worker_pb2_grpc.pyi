@@ -39,6 +39,8 @@ class WorkerStub:
     """KV events and load reports in one numbered stream: a snapshot, then deltas; a gap means resync."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Stop taking orders, let the running ones end, then answer."""
+    Undrain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UndrainRequest, _common_pb2.WorkerInfo]
+    """Take orders again; a Drain that waits is answered with ABORTED. Refused once the process ends."""
     SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _common_pb2.WorkerInfo]
     """Take another role; what runs goes on."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.LoadAdapterRequest, _common_pb2.WorkerInfo]
@@ -56,6 +58,8 @@ class WorkerAsyncStub(WorkerStub):
     """KV events and load reports in one numbered stream: a snapshot, then deltas; a gap means resync."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Stop taking orders, let the running ones end, then answer."""
+    Undrain: _aio.UnaryUnaryMultiCallable[_worker_pb2.UndrainRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
+    """Take orders again; a Drain that waits is answered with ABORTED. Refused once the process ends."""
     SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
     """Take another role; what runs goes on."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_worker_pb2.LoadAdapterRequest, _common_pb2.WorkerInfo]  # type: ignore[assignment]
@@ -94,6 +98,14 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
         """Stop taking orders, let the running ones end, then answer."""
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _worker_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_common_pb2.WorkerInfo, _abc.Awaitable[_common_pb2.WorkerInfo]]:
+        """Take orders again; a Drain that waits is answered with ABORTED. Refused once the process ends."""
 
     @_abc_1.abstractmethod
     def SetRole(

@@ -228,6 +228,19 @@ class WorkerProcess:
             log.info("%s: %d handed back, %d of them not fetched", self.settings.worker_id, handed_back, not_fetched)
         return handed_back
 
+    def undrain(self) -> None:
+        """Take new work again, after a `drain` that nobody needs any more.
+
+        Raises:
+            ConfigError: the process ends, so it cannot.
+        """
+        if self._is_stopping or self.fault is not None or self.ended.is_set():
+            raise ConfigError(f"{self.settings.worker_id} ends already; start it again")
+        self.decode.undrain()
+        self.prefill.undrain()
+        log.info("%s takes work again: its drain was undone", self.settings.worker_id)
+        self._announce()
+
     def set_role(self, role: Role) -> None:
         """Change the role: another policy, announced to the routers. Running work continues.
 

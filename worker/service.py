@@ -75,4 +75,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         """Refuse new work and let running work end until the timeout."""
         cancelled = await self._worker.drain(request.timeout_ms / 1000)
+        if not self._worker.is_draining:
+            await context.abort(grpc.StatusCode.ABORTED, "the drain was undone; the worker takes work again")
         return worker_pb2.DrainResponse(empty=cancelled == 0, cancelled=cancelled)
+
+    async def Undrain(self, _: worker_pb2.UndrainRequest, context: Any) -> common_pb2.WorkerInfo:
+        """Take new work again."""
+        try:
+            self._worker.undrain()
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return self._worker.info()

@@ -155,6 +155,18 @@ class Changes:
         finally:
             draining.cancel()
 
+    async def undrain(self, name: str) -> None:
+        """Have a worker that was let go and drains take new work again, and restart it again.
+
+        Raises:
+            Unavailable: the router does not know it, or it ends already.
+        """
+        address = self._address(name)
+        if address is None:
+            raise Unavailable(f"the router does not know {name}")
+        await self._operator.undrain(address)
+        self._supervisor.keep(name)
+
     async def end(self, name: str) -> None:
         """End the process of a worker that was let go and has no work."""
         await self._supervisor.remove(name, END_S)

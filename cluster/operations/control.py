@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from ...core.errors import ConfigError, InvalidRequest, TwostrokeError, Unavailable
 from ...core.request import Role
 from .changes import Changes, Say
+from .departures import Departures
 from .standins import check_stand_in
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Control:
     def __init__(self, changes: Changes, workers: Callable[[], list[dict[str, Any]]], stop: Callable[[], None]) -> None:
         """`workers`: the router's reports on them. `stop`: begins the end of the whole cluster."""
         self._changes, self._workers, self._stop = changes, workers, stop
+        self._departures = Departures(changes)
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[None]] = set()
         self.is_ready = False  # the cluster serves
@@ -107,11 +109,14 @@ class Control:
             raise Unavailable("the cluster is still starting", retry_after_s=5.0)
         if verb == "drain":
             return await self._drain(str(asked["worker"]), float(asked["timeout_s"]), bool(asked.get("force")), say)
+        if verb == "undrain":
+            await self._departures.take_back(str(asked["worker"]))
+            return Answer(0, f"{asked['worker']} takes work again")
         if verb == "restart":
             moved = await self._changes.restart_all(say, force=bool(asked.get("force")))
             what = f"; {moved} streams went on at other workers" if moved else ""
             return Answer(0, f"every worker was restarted{what}")
-        raise InvalidRequest(f"{verb!r} is no command; there are: state, drain, restart, stop")
+        raise InvalidRequest(f"{verb!r} is no command; there are: state, drain, undrain, restart, stop")
 
     async def _drain(self, name: str, timeout_s: float, force: bool, say: Say) -> Answer:
         if not 0 <= timeout_s <= MAX_DRAIN_S:
@@ -120,7 +125,9 @@ class Control:
         workers = [w for w in self._workers() if w["worker_id"] == name or self._changes.is_serving(w["worker_id"])]
         if any(worker["worker_id"] == name and worker["role"] != Role.PREFILL.value for worker in workers):
             check_stand_in(workers, name, "a drained worker", force=force)
-        retired = await self._changes.retire(name, timeout_s, say)
+        retired = await self._departures.send_away(name, timeout_s, say)
+        if retired is None:
+            return Answer(1, f"{name} stays: its drain was undone")
         return told(name, retired.num_moved, retired.error, "its process is gone")
 
 

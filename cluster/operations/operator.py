@@ -55,6 +55,19 @@ class Operator:
                 raise Unavailable(f"the worker at {address} does not drain: {error.details()}") from None
         return int(response.cancelled)
 
+    async def undrain(self, address: str) -> None:
+        """Have a worker that drains take new work again.
+
+        Raises:
+            Unavailable, ConfigError: as for `set_role`; or it ends already.
+        """
+        async with self._channel(address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            try:
+                await stub.Undrain(worker_pb2.UndrainRequest(), timeout=CALL_S)
+            except grpc.aio.AioRpcError as error:
+                raise Unavailable(f"the worker at {address} drains on: {error.details()}") from None
+
     async def report(self, router: str, report: worker_pb2.SupervisorReport) -> None:
         """Tell a router (host:port of its internal port) what the supervisor wants.
 

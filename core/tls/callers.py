@@ -37,6 +37,7 @@ ALLOWED: dict[str, frozenset[Caller]] = {
     "/twostroke.v1.Worker/Watch": frozenset({Caller.ROUTER}),
     "/twostroke.v1.Worker/Describe": frozenset({Caller.ROUTER, Caller.OPERATOR}),
     "/twostroke.v1.Worker/Drain": frozenset({Caller.OPERATOR}),
+    "/twostroke.v1.Worker/Undrain": frozenset({Caller.OPERATOR}),
     "/twostroke.v1.Worker/SetRole": frozenset({Caller.OPERATOR}),
     "/twostroke.v1.Worker/LoadAdapter": frozenset({Caller.ROUTER, Caller.OPERATOR}),
     "/twostroke.v1.Worker/UnloadAdapter": frozenset({Caller.ROUTER, Caller.OPERATOR}),

@@ -96,7 +96,7 @@ class Fleet:
     def leaving(self, key: WorkerKey) -> None:
         """A worker announced that it leaves: it gets no new work; running work may end."""
         if worker := self._find(key):
-            worker.draining = True
+            worker.leaving = worker.draining = True
             self.lost.remove(key.worker_id)
 
     def announce_ended(self, key: WorkerKey, now_s: float) -> list[FleetChange]:
@@ -152,7 +152,7 @@ class Fleet:
         """A load report arrived on a worker's watch."""
         if worker := self._find(key):
             worker.load, worker.load_s, worker.role = load, now_s, role
-            worker.draining = worker.draining or load.draining
+            worker.draining = worker.leaving or load.draining
             self.cordoned.see(key.worker_id, load.gpus, now_s)
 
     def tick(self, now_s: float) -> list[FleetChange]:

@@ -52,7 +52,8 @@ class Worker:
     announcing: bool = True
     welcomed: bool = False  # its session was up at least once in this incarnation
     session_up: bool = False
-    draining: bool = False
+    leaving: bool = False  # it said that it goes; it does not take that back
+    draining: bool = False  # by its last load report, or because it leaves
     silent: bool = False  # no message on its session for suspect_after_s
     phase: str = ""
     steps: int = 0

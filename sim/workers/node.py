@@ -165,7 +165,7 @@ class WorkerNode:
 
     def leave(self, gone: Callable[[], None]) -> None:
         """Drain as a process that is told to stop: hand back what runs, let others fetch it, then call `gone`."""
-        self.service.is_draining = self.face.draining = True
+        self.service.draining.is_on = self.face.draining = True
         key = WorkerKey(self.worker.worker_id, self.process.life)
         for router in self.routers():
             self.network.tell(self.process, router.process, partial(router.leaving, key))

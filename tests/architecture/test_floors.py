@@ -30,7 +30,7 @@ ROOMS = {
 # Whole folders, without the files that drive them.
 PURE_FOLDERS = {
     "engine": {"loop.py"},
-    "engine/link": {"client.py", "process_link.py", "rank_link.py", "thread_link.py"},
+    "engine/link": {"client.py", "draining.py", "process_link.py", "rank_link.py", "thread_link.py"},
     "kv/cache": set(),
     "kv/handover": {"driver.py"},
     "cluster/discovery": {"endpoint_slices.py", "names.py"},
@@ -67,10 +67,12 @@ PURE_FILES = (
     "cluster/fit.py",
     "cluster/kubernetes/lease.py",
     "cluster/kubernetes/owed.py",
+    "cluster/kubernetes/pods.py",
     "cluster/nodes.py",
     "cluster/operations/rolling.py",
     "cluster/operations/room.py",
     "cluster/operations/standins.py",
+    "cluster/wanted.py",
     "cluster/placement.py",
     "cluster/restarts.py",
 )

@@ -225,3 +225,21 @@ def test_another_supervisor_has_them_as_they_were(members: Members, name: str, p
     third = other.room.take(Role.COMBINED, AMPLE, [])
     assert isinstance(third, ProcessPlan)
     assert third.name not in other.plans
+
+
+def test_a_member_that_was_let_go_and_stays_is_restarted_again(members: Members, name: str) -> None:
+    report(members, seen((name, "1", "live")))
+    members.let_go(name, frees_place=True)
+    members.keep(name, 5.0)
+    assert members.standing(name) is Standing.READY
+    assert name not in members.going
+    ended = members.ended(name, ProcessEnd("it was killed"), 6.0)
+    assert ended is not None
+    assert ended.due_s == 6.0
+
+
+def test_a_member_whose_process_ended_while_it_was_let_go_stays_gone(members: Members, name: str) -> None:
+    members.let_go(name, frees_place=True)
+    assert members.ended(name, ProcessEnd("it drained"), 1.0) is None
+    members.keep(name, 2.0)
+    assert members.standing(name) is None

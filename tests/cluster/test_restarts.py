@@ -217,3 +217,17 @@ def test_a_process_that_stands_still_is_ended_once_and_looks_count_not_time():
     assert looks(*[True] * (STOPPED_LOOKS + 1)) == [False] * (STOPPED_LOOKS - 1) + [True, False]
     members.stop("decode-0")
     assert looks(*[True] * 2 * STOPPED_LOOKS) == [False] * 2 * STOPPED_LOOKS  # who told it to stop sees to its end
+
+
+def test_a_member_that_was_stopped_and_stays_is_watched_from_then_on():
+    book = RestartBook()
+    book.want("w", 0.0)
+    book.started("w", 0.0)
+    book.ready("w", 1.0)
+    book.seen("w", Use.NONE, 2.0)
+    book.stop("w")
+    book.resume("w", 100.0)
+    assert book.standing("w") is Standing.READY
+    assert book.overdue(101.0) == []
+    book.seen("w", Use.NONE, 102.0)
+    assert book.overdue(102.0 + book.patience.missing_s + 1.0) == ["w"]

@@ -27,7 +27,7 @@ def test_a_newer_order_that_is_refused_ends_the_older_run_all_the_same():
     service, session = DecodeService(tools, None), SimpleNamespace(router=RouterKey("a", 1), outbox=Outbox())
     older = OlderRun()
     service._ledger.begin(older, session, session.router, SequenceKey("r", 0), Epoch(1, 1))
-    service.is_draining = True
+    service.draining.is_on = True
     service.submit(session, worker_pb2.Submit(request_id="r", epoch=epoch_to_wire(Epoch(1, 2))))
     assert older.reasons == ["a newer dispatch"]
     assert [end.error.code for end in session.outbox.take().ends] == ["unavailable"]

@@ -23,5 +23,9 @@ MUTANTS = [
     Mutant("core/tls/identity.py", "        self.num_failed += 1\n", ""),
     Mutant("core/tls/handshake.py", "            return _flaw(pem)  #", "            return None  #"),
     Mutant("core/tls/rotating.py", "            connection.context = self._of_now()\n", "            pass\n"),
-    Mutant("core/tls/face.py", "            server_context(pem, wants_certificates=self.wants_certificates)\n", "            pass\n"),
+    Mutant(
+        "core/tls/face.py",
+        "            server_context(pem, wants_certificates=self.wants_certificates)\n",
+        "            pass\n",
+    ),
 ]

@@ -279,7 +279,7 @@ _PULLED = [
         "        if self.is_draining:\n            raise",
         "        if False:\n            raise",
     ),
-    Mutant("prefill_worker/service.py", "        return self.cancel_all()\n", "        return 0\n"),
+    Mutant("prefill_worker/service.py", "return self.cancel_all() if await", "return 0 if await"),
     Mutant("prefill_worker/service.py", "            deadline_s=now_s + order.timeout_ms / 1000,\n", ""),
     Mutant(
         "prefill_worker/service.py",

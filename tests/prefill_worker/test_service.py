@@ -300,7 +300,7 @@ async def test_the_same_order_may_come_again_before_the_first_has_ended(bench):
 @pytest.mark.parametrize("why", ["combined", "draining"])
 async def test_who_takes_no_hand_overs_says_so(bench, why):
     it = bench(role=Role.COMBINED if why == "combined" else Role.PREFILL)
-    it.service.is_draining = why == "draining"
+    it.service.draining.is_on = why == "draining"
     pipe, _ = it.open(order())
     assert (await pipe.read("failed")).failed.code == "unavailable"
 

@@ -4,8 +4,10 @@ import asyncio
 import itertools
 from itertools import count
 
+import grpc
 import pytest
 
+from twostroke.core.errors import ConfigError
 from twostroke.core.request import Role
 from twostroke.decode_worker import service
 from twostroke.decode_worker.router_session import SessionTiming
@@ -358,6 +360,26 @@ async def test_drain_lets_the_running_end_and_refuses_the_rest(start_worker, rou
     await running.ended()
     assert len(running.token_ids) == 60
     await all_free(prefill, decode)
+
+
+async def test_an_undone_drain_cancels_nothing_and_new_orders_are_taken(alone, hand, make_prompt, all_free):
+    running = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1800, **FREE})
+    await running.until(lambda a: len(a.token_ids) > 1)
+    draining = asyncio.ensure_future(hand.stub.Drain(worker_pb2.DrainRequest(timeout_ms=600_000)))
+    async with asyncio.timeout(60):
+        while not alone.is_draining:
+            await asyncio.sleep(0.01)
+    assert (await hand.stub.Undrain(worker_pb2.UndrainRequest())).worker_id == alone.settings.worker_id
+    with pytest.raises(grpc.aio.AioRpcError) as undone:
+        await draining
+    assert undone.value.code() is grpc.StatusCode.ABORTED
+    another = await (await hand.submit("new", make_prompt(20), sampling={"max_tokens": 3, **FREE})).ended()
+    assert len(another.token_ids) == 3
+    await hand.cancel("r")
+    await running.ended()
+    await alone.stop(0.0)
+    with pytest.raises(ConfigError, match="ends already"):
+        alone.undrain()
 
 
 async def test_drain_cancels_what_does_not_end_in_time(alone, hand, make_prompt, all_free):

@@ -19,7 +19,7 @@ def test_a_pod_of_a_set_belongs_to_the_role_in_its_name():
     assert pods.names == {Role.PREFILL: "ts-decode-prefill", Role.DECODE: "ts-decode-decode"}
     assert pods.owner_of("ts-decode-0-1a2b3c4d-prefill-0") is Role.PREFILL
     assert pods.owner_of("ts-decode-0-1a2b3c4d-decode-11") is Role.DECODE
-    for stranger in ("ts-decode-0-1a2b3c4d-combined-0", "ts-0-1a2b3c4d-decode-0", "ts-decode-0-1a2b3c4d-decode"):
+    for stranger in ("ts-decode-0-1a2b3c4d-combined-0", "ts-0-1a2b3c4d-decode-0", "ts-decode-0-1a2b3c4d-decode-0-x"):
         assert pods.owner_of(stranger) is None
 
 

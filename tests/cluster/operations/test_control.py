@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from support.clusters.asking import Asking
 from support.clusters.supervised import BUSY_MACHINE_S, supervised
+from typer.testing import CliRunner
 
+from twostroke.cli.main import app
 from twostroke.client.async_client import AsyncClient
 from twostroke.cluster.operations import control as control_module
 from twostroke.cluster.operations.control import Answer, Control, command
 from twostroke.cluster.operations.run_folder import RunFolder, State
 from twostroke.core.errors import ConfigError
+from twostroke.engine.link.draining import Draining
 
 pytestmark = pytest.mark.timeout(600)
 INSIDE = {"cluster.launcher": "inprocess"}
@@ -50,6 +53,51 @@ async def test_a_drained_worker_goes_and_its_streams_go_on_elsewhere(tiny_checkp
             assert last.code == 2
             assert "combined-1 alone decodes" in last.said
             await asking.more(2)
+        await control.close()
+
+
+async def test_a_worker_that_drains_is_taken_back_with_its_process_and_its_place(tiny_checkpoint, folder, monkeypatch):
+    said: list[str] = []
+    busy, until = [True], Draining.until
+
+    async def as_if_streams_ran(self: Draining, idle: asyncio.Event, timeout_s: float) -> bool:
+        return await until(self, asyncio.Event() if busy else idle, timeout_s)
+
+    monkeypatch.setattr(Draining, "until", as_if_streams_ran)
+    flags = INSIDE | {"cluster.prefill": 0, "cluster.decode": 2, "router.local_prefill": True}
+    async with supervised(tiny_checkpoint, **flags) as supervisor:
+        control = Control(supervisor.changes, lambda: supervisor.seen.cluster["workers"], lambda: None)
+        await control.start(folder / "s")
+        control.is_ready = True
+        undrain = {"verb": "undrain", "worker": "combined-0"}
+        refused = await command(folder / "s", undrain, said.append, BUSY_MACHINE_S)
+        assert (refused.code, refused.said.split(",")[0]) == (2, "combined-0 does not drain for an operator")
+        async with AsyncClient(supervisor.grpc_address, timeout_s=BUSY_MACHINE_S) as client:
+
+            async def until_state(state: str) -> dict:
+                async with asyncio.timeout(BUSY_MACHINE_S):
+                    while True:
+                        (found,) = [w for w in (await client.cluster())["workers"] if w["worker_id"] == "combined-0"]
+                        if found["state"] == state:
+                            return found
+                        await asyncio.sleep(0.05)
+
+            before = await until_state("live")
+            asked = {"verb": "drain", "worker": "combined-0", "timeout_s": 600.0}
+            draining = asyncio.create_task(command(folder / "s", asked, said.append, BUSY_MACHINE_S))
+            await until_state("draining")
+            shown = await asyncio.to_thread(CliRunner().invoke, app, ["status", "--grpc", supervisor.grpc_address])
+            assert "`twostroke undrain combined-0` takes it back" in " ".join(shown.output.split())
+            answer = await command(folder / "s", undrain, said.append, BUSY_MACHINE_S)
+            assert answer == Answer(0, "combined-0 takes work again")
+            assert await draining == Answer(1, "combined-0 stays: its drain was undone")
+            busy.clear()
+            assert (await until_state("live"))["pid"] == before["pid"]
+            assert supervisor.num_owned == 2
+            assert supervisor.changes.is_serving("combined-0")
+            gone = await command(folder / "s", asked, said.append, BUSY_MACHINE_S)
+            assert gone.code == 0, "it can be drained again"
+            assert set(supervisor.members) == {"router-0", "combined-1"}
         await control.close()
 
 
