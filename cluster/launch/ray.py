@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from collections import Counter
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ...core.errors import TwostrokeError, Unavailable
 from ...core.hosted import Hosted
 from ...core.request import Role
 from ...core.tls.callers import Caller
@@ -23,7 +25,7 @@ from ...router.config import RouterConfig
 from ...worker.settings import WorkerSettings
 from ..nodes import Node, stand_in
 from ..placement import ProcessPlan
-from .last_words import ProcessEnd, end_of_error
+from .last_words import ProcessEnd, cause_of, end_of_error
 from .launcher import Ended, Site, worker_settings
 from .ray_detached import lives, named_actor
 from .ray_nodes import answering_nodes, living_nodes, on_node
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WITHDRAW_S = 0.5
+_KILL_S = 3.0
+_KILLERS = 4  # calls at once that end actors
 
 
 class RayLauncher:
@@ -51,6 +55,7 @@ class RayLauncher:
         self._wishes = Wishes(site.namespace or NAMESPACE)
         self._opened = False
         self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
+        self._killers = ThreadPoolExecutor(_KILLERS, "ray-kill")
         self._actors: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._nodes: dict[str, str] = {}  # of each member, now or last
@@ -59,13 +64,22 @@ class RayLauncher:
     async def start(self, member: ProcessPlan, ended: Ended) -> None:
         """Create the actor; it starts serving in its constructor."""
         await self._open()
-        if member.node:
-            member = await asyncio.get_running_loop().run_in_executor(self._executor, self._on_living_node, member)
-        self._nodes[member.name] = member.node
         name = f"{member.name}-{os.urandom(3).hex()}"  # the name of a dead actor stays in use for a while
-        actor = self._create(member, name)
+        try:
+            # Each call waits for Ray's head where that is away. Serving needs no call, so nothing else waits here.
+            actor = await asyncio.get_running_loop().run_in_executor(self._executor, self._placed, member, name)
+        except TwostrokeError:
+            raise
+        except Exception as error:  # Ray has several kinds for a head that is away
+            raise Unavailable(f"Ray does not start it: {cause_of(str(error))}", retry_after_s=5.0) from error
         self._handles[member.name] = f"{self._site.namespace} {name}"
         self._watch_from_now(member.name, actor, ended)
+
+    def _placed(self, member: ProcessPlan, name: str) -> Any:
+        if member.node:
+            member = self._on_living_node(member)
+        self._nodes[member.name] = member.node
+        return self._create(member, name)
 
     async def _open(self) -> None:
         if not self._opened:
@@ -112,14 +126,22 @@ class RayLauncher:
                 await asyncio.shield(watcher)
         except (TimeoutError, ray.exceptions.RayError):
             pass  # it hangs or has ended already; in both cases it is killed below
-        ray.kill(actor, no_restart=True)
+        await self._end(actor)
 
     async def kill(self, name: str) -> None:
         """Make Ray kill the actor's process."""
+        if name in self._actors:
+            await self._end(self._actors[name])
+
+    async def _end(self, actor: Any) -> None:
+        """Make Ray kill an actor. Where its head is away that happens when it is back, and is not waited for."""
         import ray
 
-        if name in self._actors:
-            ray.kill(self._actors[name], no_restart=True)
+        kill = functools.partial(ray.kill, actor, no_restart=True)
+        killing = asyncio.get_running_loop().run_in_executor(self._killers, kill)
+        done, _ = await asyncio.wait({killing}, timeout=_KILL_S)
+        if done and (error := killing.exception()) is not None:
+            log.warning("Ray did not end an actor: %s", cause_of(str(error)))
 
     async def machines(self) -> list[Node]:
         """The nodes of a joined Ray that answer now. Empty on a Ray of our own."""
@@ -140,6 +162,7 @@ class RayLauncher:
         await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
         self._opened = False
         self._executor.shutdown(wait=False)
+        self._killers.shutdown(wait=False)
 
     async def abort(self) -> None:
         """End our own Ray with all its processes; disconnect from a joined one, which then ends our actors."""
@@ -201,7 +224,7 @@ class RayLauncher:
         except ray.exceptions.RayError as error:
             end = end_of_error(str(error))
         if self._site.member_name:  # a detached actor's process stays when its server has ended
-            ray.kill(actor, no_restart=True)
+            await self._end(actor)
         if self._actors.get(name) is actor:
             del self._actors[name], self._watchers[name]
             self._handles.pop(name, None)
