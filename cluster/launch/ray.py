@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 
 _WITHDRAW_S = 0.5
 _KILL_S = 3.0
-_KILLERS = 4  # calls at once that end actors
+_NODES_S = 20.0  # for all nodes to say what they have free
+_CALLERS = 4  # calls at once that may wait for Ray's head
 
 
 class RayLauncher:
@@ -55,7 +56,7 @@ class RayLauncher:
         self._wishes = Wishes(site.namespace or NAMESPACE)
         self._opened = False
         self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
-        self._killers = ThreadPoolExecutor(_KILLERS, "ray-kill")
+        self._callers = ThreadPoolExecutor(_CALLERS, "ray-call")
         self._actors: dict[str, Any] = {}
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._nodes: dict[str, str] = {}  # of each member, now or last
@@ -138,7 +139,7 @@ class RayLauncher:
         import ray
 
         kill = functools.partial(ray.kill, actor, no_restart=True)
-        killing = asyncio.get_running_loop().run_in_executor(self._killers, kill)
+        killing = asyncio.get_running_loop().run_in_executor(self._callers, kill)
         done, _ = await asyncio.wait({killing}, timeout=_KILL_S)
         if done and (error := killing.exception()) is not None:
             log.warning("Ray did not end an actor: %s", cause_of(str(error)))
@@ -147,7 +148,13 @@ class RayLauncher:
         """The nodes of a joined Ray that answer now. Empty on a Ray of our own."""
         if not self._session.is_joined:
             return []
-        return await asyncio.get_running_loop().run_in_executor(self._executor, answering_nodes)
+        asking = asyncio.get_running_loop().run_in_executor(self._callers, answering_nodes)
+        done, _ = await asyncio.wait({asking}, timeout=_NODES_S)
+        error = asking.exception() if done else TimeoutError(f"no answer within {_NODES_S:g} s")
+        if error is not None:
+            log.warning("Ray does not say what its nodes have free: %s", cause_of(str(error)))
+            return []
+        return asking.result()
 
     async def want(self, workers: Sequence[ProcessPlan]) -> str:
         """Ask the autoscaler of a joined Ray for room for all these workers."""
@@ -162,7 +169,7 @@ class RayLauncher:
         await asyncio.get_running_loop().run_in_executor(self._executor, self._session.close)
         self._opened = False
         self._executor.shutdown(wait=False)
-        self._killers.shutdown(wait=False)
+        self._callers.shutdown(wait=False)
 
     async def abort(self) -> None:
         """End our own Ray with all its processes; disconnect from a joined one, which then ends our actors."""

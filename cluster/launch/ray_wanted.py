@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +30,9 @@ class Wishes:
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
+        self._me = f"{namespace} {os.urandom(4).hex()}"
         self._owner: Any = None
+        self._is_ours = False  # what Ray was asked for last
         self._stated: list[Bundle] | None = None
         self._stated_at_s = 0.0
         self._said = ""
@@ -48,15 +51,17 @@ class Wishes:
             return "Ray does not answer; it is asked for room when it does"
         asked, self._asking = self._asking, None
         error = asked.exception()
+        if error is not None:
+            self._stated = None
         self._said = f"Ray cannot be asked for room: {cause_of(str(error))}" if error else asked.result()
         return self._said
 
     def withdraw(self) -> None:
         """Ask for nothing any more. Blocks for a moment."""
-        if self._stated is not None:
+        if self._is_ours:
             _request([])
             _store("_internal_kv_del", _ASKED_BY)
-            self._stated = None
+            self._is_ours = False
 
     def _state(self, located: list[tuple[ProcessPlan, str]]) -> str:
         cpus_of = {node.name: node.num_cpus for node in living_nodes()}
@@ -65,9 +70,10 @@ class Wishes:
         if bundles == self._stated and not is_old:
             return self._said
         if owner := self._other_owner():
-            self._stated = None
+            self._stated, self._is_ours = None, False
             return f"Ray is not asked for room, because the deployment {owner} asks it"
         _store("_internal_kv_put", _ASKED_BY, self._namespace.encode(), overwrite=True)
+        self._is_ours = True
         _request(bundles)
         self._stated, self._stated_at_s = bundles, time.monotonic()
         return f"Ray is asked for room for {len(bundles)} workers: {told(bundles)}"
@@ -84,10 +90,13 @@ class Wishes:
             else:
                 return ""
         try:
-            self._owner = _owner_kind().remote(self._namespace)
-        except ValueError:  # the name is taken
+            self._owner = _owner_kind().remote(self._me)
+        except ValueError:  # the name is taken, perhaps by our own that did not answer
             other = ray.get_actor(OWNER, namespace=SHARED_NAMESPACE)
-            return str(ray.get(other.who.remote(), timeout=ANSWER_S))
+            who = str(ray.get(other.who.remote(), timeout=ANSWER_S))
+            if who != self._me:
+                return who.partition(" ")[0]
+            self._owner = other
         return ""
 
 
@@ -127,7 +136,7 @@ def _owner_kind() -> Any:
             self._who = who
 
         def who(self) -> str:
-            """The namespace of the deployment that asks."""
+            """The namespace of the deployment that asks, and a name of its process."""
             return self._who
 
     remote: Any = ray.remote
