@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,11 @@ from twostroke import Client
 
 pytestmark = [pytest.mark.ray, pytest.mark.campaign, pytest.mark.timeout(900)]
 
-PLANNER = {"enabled": True, "new_nodes": True, "max_workers": 3, "min_workers": 3, "interval_s": 0.5}
+PLANNER = {
+    **{"enabled": True, "new_nodes": True, "max_workers": 3, "interval_s": 0.5, "itl_target_ms": 60_000},
+    **{"rate_window_s": 1, "trend_window_s": 2, "start_up_s": 5, "shrink_cooldown_s": 600},
+}
+STEP = {"num_threads": 1, "max_num_seqs": 2}  # three clients at once are more than one decode worker seats
 
 
 def autoscaling(home: RayHome) -> Path:
@@ -49,6 +56,26 @@ def until(holds: Callable[[], Any], what: str) -> None:
         time.sleep(0.3)
 
 
+@contextmanager
+def asking(address: str) -> Iterator[None]:
+    """Three clients that ask all the time."""
+    done = threading.Event()
+
+    def ask() -> None:
+        with Client(address, timeout_s=BUSY_MACHINE_S) as client:
+            while not done.is_set():
+                client.generate("and on", max_tokens=100, ignore_eos=True)
+
+    with ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(ask) for _ in range(3)]
+        try:
+            yield
+        finally:
+            done.set()
+    for each in asked:
+        each.result()
+
+
 ASKED = """
 import json, sys, ray
 from ray.experimental.internal_kv import _internal_kv_get
@@ -61,7 +88,7 @@ print(json.dumps([asked, len([node for node in ray.nodes() if node["Alive"]])]))
 def test_a_worker_waits_for_a_node_that_the_autoscaler_brings_and_nothing_is_asked_for_at_the_end(
     tiny_checkpoint: Path,
 ) -> None:
-    with ray_home(tiny_checkpoint, {"planner": PLANNER}) as home:
+    with ray_home(tiny_checkpoint, {"planner": PLANNER, "step": STEP}) as home:
         variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
         home.start(f"--autoscaling-config={autoscaling(home)}", **variables)
         up = home.up()
@@ -73,7 +100,8 @@ def test_a_worker_waits_for_a_node_that_the_autoscaler_brings_and_nothing_is_ask
                 told.update(client.cluster())
                 return sum(worker["state"] == "live" for worker in told["workers"]) == 3
 
-            until(three_serve, "a third worker on a node that came")
+            with asking(f"127.0.0.1:{home.grpc_port}"):
+                until(three_serve, "a third worker on a node that came")
             events = " | ".join(told["supervisor"]["events"])
             assert "wait for a machine" in events, events
             assert "Ray is asked for room for 3 workers" in events, events
