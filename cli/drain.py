@@ -84,7 +84,7 @@ def undrain(
         raise typer.Exit(answer.code)
     refuse_without_supervisor(grpc)
     settings = o.config_from({"config": config})
-    check_key(settings)
+    check_operators_key(settings)
     tls = tls_of(tls_ca)
     with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=5.0) as client:
         addresses = {each["worker_id"]: str(each["address"]) for each in client.cluster()["workers"]}

@@ -137,10 +137,10 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         drafter = None if guessing is None else guessing.drafter
         engine = Engine(
             core, runner, runner.store, link, clock, host=host, adapters=adapters, drafter=drafter,
-            guard=codec_guard(cache, resolved, runner, clock),
+            guard=codec_guard(sized.cache, resolved, runner, clock),
         )  # fmt: skip
         return BuiltEngine(engine, link, facts, tokenizer, pool_size, read)
-    refuse_guard(cache, "several tensor-parallel ranks")
+    refuse_guard(sized.cache, "several tensor-parallel ranks")
     sender, group = ranks.sender, ranks.group
     slices = RankSlices(model.kv_spec, group.size)
     leader = Leader(runner, sender, group, _cores(settings, 0))

@@ -6,8 +6,8 @@ import planted_adapters
 import planted_adoption
 import planted_api
 import planted_certificates
-import planted_dialects
 import planted_codecs
+import planted_dialects
 import planted_discovery
 import planted_doors
 import planted_draft_model
