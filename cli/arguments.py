@@ -24,7 +24,6 @@ SAME = {  # flags with the same values
 }
 SAME_VALUES = {
     "--dtype": {"half": "float16", "float": "float32"},
-    "--kv-cache-dtype": {"fp8_e4m3": "fp8", "fp8e4m3": "fp8"},
 }
 ALWAYS = {  # switches whose effect is always there, or never needed
     "--enable-prefix-caching": "prefixes are always cached",

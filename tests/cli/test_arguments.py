@@ -26,7 +26,6 @@ def test_flags_of_the_same_meaning_become_ours():
         (["--max-num-batched-tokens", "1.5k"], ["--max-num-batched-tokens", "1500"]),
         (["--max-model-len", "8x"], ["--max-model-len", "8x"]),
         (["--dtype", "half"], ["--dtype", "float16"]),
-        (["--kv-cache-dtype=fp8_e4m3"], ["--kv-cache-dtype=fp8"]),
         (["--port", "8k"], ["--port", "8k"]),
         (["half"], ["half"]),
     ],

@@ -65,7 +65,7 @@ def test_a_chat_whole_and_streamed_say_the_same(client):
 
 
 def test_three_choices_differ_and_each_streams_like_it_is_whole(client):
-    asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "n": 3, "seed": 7, "max_tokens": 10}
+    asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "n": 3, "seed": 7, "max_tokens": 10, "temperature": 1.0}
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True, stream_options=USAGE))
     expected = [choice.text for choice in sorted(whole.choices, key=lambda c: c.index)]
@@ -83,7 +83,8 @@ def test_without_the_option_no_usage_comes(client):
 
 def test_a_seed_makes_a_sampled_text_again_and_none_does_not(client):
     def say(**fields: Any) -> str:
-        return client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=12, **fields).choices[0].text
+        asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, **fields}
+        return client.completions.create(**asked).choices[0].text
 
     assert say(seed=5) == say(seed=5) != say(seed=6)
     assert len({say() for _ in range(4)}) > 1

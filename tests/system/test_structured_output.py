@@ -48,7 +48,7 @@ def test_the_client_parses_a_pydantic_model(client):
 
 def test_every_choice_of_a_schema_is_valid_whole_and_streamed(client):
     asked: dict[str, Any] = {
-        "model": MODEL, "messages": ASK, "n": 3, "seed": 5, "max_tokens": 300,
+        "model": MODEL, "messages": ASK, "n": 3, "seed": 5, "temperature": 1.0, "max_tokens": 300,
         "response_format": {"type": "json_schema", "json_schema": {"name": "entry", "strict": True, "schema": SCHEMA}},
     }  # fmt: skip
     whole = client.chat.completions.create(**asked)
