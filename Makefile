@@ -52,20 +52,21 @@ CLEAN_BLOCKS ?= 10000000
 campaigns: $(STAMP)-all,test,redis
 	$(BIN)/twostroke sim faults --schedules $(SCHEDULES) --seed 100000 --jobs $(JOBS) --journal build/campaign.jsonl
 	for scope in $(SCOPES); do $(BIN)/twostroke sim exhaustive --scope $$scope || exit; done
-	$(BIN)/python -m pytest -rs -m campaign tests/model/test_quantise.py tests/tools tests/sim
+	$(BIN)/python -m pytest -rs -m campaign tests/model/test_quantise.py tests/tools tests/sim tests/engine
 	$(BIN)/python bench/corruptions.py --corruptions $(CORRUPTIONS) --clean-blocks $(CLEAN_BLOCKS)
 
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_paired_workers.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py \
-		tests/system/test_start.py tests/cluster/test_gpu_faults.py tests/system/test_resume.py
+		tests/system/test_start.py
 
 # A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost, and one on a Ray
 # whose supervisor is killed; workers of Ray that die, freeze and drain, nodes that its autoscaler brings, a head that is
-# away; ranks and a scaler under load: ten minutes.
+# away; ranks, routers, roles and restarts under load: fifteen minutes.
 nodes: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py tests/system/test_ray.py tests/system/test_migration.py \
-		tests/system/test_equality.py tests/cluster/deployment tests/cluster/operations tests/worker/test_ranks.py
+		tests/system/test_equality.py tests/cluster tests/worker/test_ranks.py \
+		tests/worker/test_worker_process.py tests/system/test_routers.py tests/system/test_tls.py tests/system/test_resume.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis
@@ -75,7 +76,8 @@ arm: $(STAMP)-all,test,redis
 # CPU kernels as machines with AMX, with older AVX-512 and without AVX2 have them.
 targets: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/kernels/test_ahead_of_time.py tests/kernels/test_bench_gpu.py \
-		tests/model/test_native_ops.py tests/model/test_kernel_set.py tests/model/test_adapters.py tests/model/test_triton_ops.py
+		tests/model/test_native_ops.py tests/model/test_kernel_set.py tests/model/test_adapters.py tests/model/test_triton_ops.py \
+		tests/model/test_int4_ops.py
 
 # The chart's life with real helm, and the pods' commands as processes: some minutes.
 chart-life: $(STAMP)-all,test,redis .helm/helm

@@ -30,7 +30,8 @@ def old_epochs_are_heard() -> AbstractContextManager[None]:
     """The router takes tokens of any dispatch of a request, from any worker."""
 
     def run_from(self: Lifecycle, key: WorkerKey, name: str) -> RequestState | None:
-        return self.runs.active.get(name)
+        run = self.runs.active.get(name)
+        return run if run is not None and run.living is not None else None  # the code behind needs a dispatch
 
     def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.DeliveryVerdict:
         is_running = choice < len(self._choices) and self._choices[choice].finish is None

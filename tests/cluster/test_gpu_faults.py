@@ -115,7 +115,8 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
     return Gpus(tmp_path / "gpus.json", "GPU-zero", "GPU-one")
 
 
-@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.campaign])])
+@pytest.mark.campaign
+@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=pytest.mark.ray)])
 async def test_a_worker_is_restarted_on_its_gpu_moved_to_a_spare_one_and_then_left_down(
     tiny_checkpoint: Path, gpus: Gpus, launcher: str
 ) -> None:

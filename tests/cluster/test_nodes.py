@@ -205,6 +205,6 @@ def test_a_checkpoint_is_found_again_on_another_node(tmp_path, monkeypatch):
     monkeypatch.setattr(locate, "_download", lambda *given: asked.append(given) or tmp_path)
     revision = "0123456789abcdef" * 2 + "01234567"
     located_on_node(f"/root/.cache/huggingface/hub/models--a-b--Some-Model_1.0/snapshots/{revision}")
-    assert asked == [("a-b/Some-Model_1.0", revision)]
+    assert asked == [("a-b/Some-Model_1.0", "model.path", revision)]
     with pytest.raises(CheckpointError, match=r"'/models/mine', and .* has no such .* same place on every node"):
         located_on_node("/models/mine")

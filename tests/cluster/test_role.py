@@ -99,6 +99,7 @@ async def test_roles_change_under_load_and_no_request_fails(tiny_checkpoint):
         await supervisor.stop()
 
 
+@pytest.mark.campaign
 async def test_a_worker_that_is_killed_comes_back_with_the_role_that_it_was_given(tiny_checkpoint):
     config = configured(tiny_checkpoint, **{"cluster.launcher": "process", "cluster.prefill": 1, "cluster.decode": 1})
     supervisor = Supervisor(config, place(config, machine_facts(), model_facts(config)), say=lambda _: None)

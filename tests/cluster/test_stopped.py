@@ -15,6 +15,7 @@ from support.clusters.supervised import BUSY_MACHINE_S, supervised
 from twostroke.client.async_client import AsyncClient
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 async def test_a_stopped_worker_is_replaced_and_so_is_a_stopped_router(tiny_checkpoint: Path) -> None:
     said: list[str] = []

@@ -146,6 +146,7 @@ def test_one_prompt_of_many_steps_keeps_one_snapshot_on_its_way():
     assert dict(at.core.load(0.0).counters)["state_snapshots"] == 2  # its last whole block, and the last step before
 
 
+@pytest.mark.campaign
 def test_few_snapshots_cost_hits_and_never_a_token():
     ours, plain = room(snapshots=0), Room(FakeStore(16), num_blocks=4096, max_num_seqs=SEATS)
     for at in (ours, plain):

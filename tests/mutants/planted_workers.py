@@ -266,8 +266,8 @@ _LATER = [
     ),
     Mutant(
         "decode_worker/task.py",
-        "self._held_tokens, self._deadline_s - now_s, memory)",
-        "self._held_tokens, self._deadline_s - self._received_at_s, memory)",
+        "self._held_tokens, self._deadline_s - now_s, offer)",
+        "self._held_tokens, self._deadline_s - self._received_at_s, offer)",
     ),
     Mutant(
         "decode_worker/task.py",

@@ -151,6 +151,7 @@ def test_a_router_is_killed_under_load_and_all_its_streams_go_on(cluster: Any):
     assert until_whole(cluster)["router-0"] != pids["router-0"]
 
 
+@pytest.mark.campaign
 def test_a_frozen_router_is_replaced_and_costs_connections_a_pause(cluster: Any):
     """The kernel goes on to deal connections out to it: they wait until it is replaced, and then they break."""
     pids = until_whole(cluster)

@@ -13,7 +13,7 @@ from twostroke import Client, ConfigError, Unavailable
 from twostroke.cluster.authority import renew, renew_authority
 
 
-@pytest.fixture(scope="module", params=["inprocess", "process"])
+@pytest.fixture(scope="module", params=["inprocess", pytest.param("process", marks=pytest.mark.campaign)])
 def secured(run_cluster, request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("certificates")
     made(directory)

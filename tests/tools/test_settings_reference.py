@@ -33,6 +33,8 @@ SAMPLES = {
     "cluster.key": "k" * 16,
     "cluster.prefill_tp": 1,
     "cluster.decode_tp": 1,
+    "cache.key_dtype": "int8",
+    "cache.value_dtype": "int8",
     "router.chat_template": "{% for m in messages %}{% endfor %}",
     "router.operator_key": "sha256:" + "0" * 64,
     "speculation.method": "ngram",

@@ -41,7 +41,7 @@ async def test_a_copy_ends_when_its_caller_leaves(start_worker, make_prompt, all
 
 async def test_a_draining_worker_keeps_nothing(start_worker, make_prompt):
     buddy = await start_worker(Role.DECODE)
-    buddy.decode.is_draining = True
+    buddy.decode.draining.is_on = True
     reply = await buddy._channels.keep(buddy.address, request(buddy, make_prompt(32), "127.0.0.1:1"), 10.0)
     assert handover_pb2.KeepReply.FromString(reply).reason == "the worker is draining"
     with pytest.raises(Exception, match="INVALID_ARGUMENT"):

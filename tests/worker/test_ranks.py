@@ -148,7 +148,7 @@ async def serving(checkpoint: Path, *arguments: str) -> tuple[asyncio.subprocess
     return process, line.split()[-1].decode(), children(process.pid)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.campaign), signal.SIGSTOP])
 @pytest.mark.parametrize("is_busy", [True, pytest.param(False, marks=pytest.mark.campaign)])
 async def test_a_dead_or_frozen_rank_ends_its_worker(number, is_busy, tiny_checkpoint, hand_to, make_prompt):
     process, address, pids = await serving(tiny_checkpoint)

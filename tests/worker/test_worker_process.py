@@ -57,6 +57,7 @@ async def test_sigterm_lets_the_running_end_and_exits_with_zero(tiny_checkpoint,
             await process.wait()
 
 
+@pytest.mark.campaign
 async def test_a_worker_does_not_outlive_its_parent(tiny_checkpoint):
     process, address = await spawn(tiny_checkpoint, "0")  # nobody is process 0
     try:

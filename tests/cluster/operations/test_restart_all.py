@@ -9,6 +9,7 @@ from twostroke.core.errors import ConfigError, Unavailable
 from twostroke.worker.machine import MachineFacts
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(600)
 async def test_all_workers_restart_under_load_and_no_stream_notices(tiny_checkpoint):
     said: list[str] = []

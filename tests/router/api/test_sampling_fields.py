@@ -60,7 +60,7 @@ class Offers:
         return [ModelFacts("m", b"f" * 16, b"n" * 16, "", CONTEXT, VOCAB, True, str(BUNDLED), 1)]
 
 
-DIRECTORY = ModelDirectory(Offers())
+DIRECTORY = ModelDirectory(Offers(), reads_defaults=False)
 
 
 @pytest.fixture
