@@ -137,18 +137,20 @@ def test_a_router_is_killed_under_load_and_all_its_streams_go_on(cluster: Any):
     whole = [Reader(cluster.url, seed) for seed in range(8)]
     play(whole)
     ended(whole)
-    pids = until_whole(cluster)
-    readers = [Reader(cluster.url, seed) for seed in range(8)]
-    play(readers)
-    os.kill(pids["router-0"], signal.SIGKILL)
-    ended(readers)
-    assert [reader.said for reader in readers] == [reader.said for reader in whole]
-    assert sum(reader.num_breaks > 0 for reader in readers) > 0, "some were at the router that died"
-    assert any(reader.num_breaks == 0 for reader in readers), "and it took its own connections alone"
-    for reader in readers:
-        ids = [event.split("\n")[0] for event in reader.events if event.startswith("id: ")]
-        assert len(ids) == len(set(ids))
-    assert until_whole(cluster)["router-0"] != pids["router-0"]
+    for _ in range(5):  # all may be at the other router, or have been told everything before the kill
+        pids = until_whole(cluster)
+        readers = [Reader(cluster.url, seed) for seed in range(8)]
+        play(readers)
+        os.kill(pids["router-0"], signal.SIGKILL)
+        ended(readers)
+        assert [reader.said for reader in readers] == [reader.said for reader in whole]
+        for reader in readers:
+            ids = [event.split("\n")[0] for event in reader.events if event.startswith("id: ")]
+            assert len(ids) == len(set(ids))
+        assert until_whole(cluster)["router-0"] != pids["router-0"]
+        if len({reader.num_breaks > 0 for reader in readers}) == 2:
+            return
+    raise AssertionError("no kill took some of the connections, and its own alone")
 
 
 @pytest.mark.campaign
