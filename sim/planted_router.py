@@ -26,12 +26,15 @@ from .planting import Planted, instead
 # ------------------------------------------------------------------ streams and epochs
 
 
-def old_epochs_are_heard() -> AbstractContextManager[None]:
-    """The router takes tokens of any dispatch of a request, from any worker."""
+def old_epochs_are_heard(*, while_it_waits: bool = False) -> AbstractContextManager[None]:
+    """The router takes tokens of any dispatch of a request, from any worker.
+
+    `while_it_waits`: also when the request has no dispatch now; a gap in such tokens is more than the code can bear.
+    """
 
     def run_from(self: Lifecycle, key: WorkerKey, name: str) -> RequestState | None:
         run = self.runs.active.get(name)
-        return run if run is not None and run.living is not None else None  # the code behind needs a dispatch
+        return run if run is not None and (while_it_waits or run.living is not None) else None
 
     def standing(self: delivery.Delivery, choice: int, epoch: Epoch) -> delivery.DeliveryVerdict:
         is_running = choice < len(self._choices) and self._choices[choice].finish is None

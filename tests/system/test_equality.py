@@ -76,7 +76,8 @@ def assert_all_were_handed_over(client: Client, prompts: list[dict[str, Any]]) -
         if given["max_tokens"] == 1:
             continue  # the first token comes before the KV, and is the last
         if found["tokens"]["prompt"] - report["tokens_held"] < HASH_BLOCK_TOKENS:
-            assert (found["kv_bytes_moved"], report["local_reason"]) == (0, "under_a_block_missing"), found
+            assert found["kv_bytes_moved"] == 0, found
+            assert report["local_reason"] in ("under_a_block_missing", "ordered"), found
         elif report["local_reason"] in ("peer_silent", "ordered"):
             num_silent += 1
         else:
