@@ -70,7 +70,8 @@ def counters_of(cluster: Any, name: str) -> dict[str, int]:
 class Told:
     """What a stream said; `begun` is set at its twentieth piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: str = PROMPT) -> None:
+        self.prompt = prompt
         self.texts: dict[int, str] = {}
         self.usages: list[tuple[int, int]] = []
         self.num_pieces = 0
@@ -82,7 +83,7 @@ class Told:
         asked = {"max_tokens": NUM_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
         try:
             for chunk in client.completions.create(
-                model=MODEL, prompt=PROMPT, extra_body={"ignore_eos": True}, **asked, **KINDS[kind]
+                model=MODEL, prompt=self.prompt, extra_body={"ignore_eos": True}, **asked, **KINDS[kind]
             ):
                 self.name = chunk.id
                 self.num_pieces += 1
@@ -99,9 +100,24 @@ class Told:
 
 @pytest.mark.timeout(600)
 def test_a_drained_workers_streams_take_their_kv_along(decoders):
+    for attempt in range(4):  # a worker that drains waits some seconds for them; a busy machine may take longer
+        if drained_streams_fetch(decoders, f"# {attempt}\n{PROMPT}"):
+            return
+        until_replaced(decoders)
+    raise AssertionError("no stream took its KV along")
+
+
+def until_replaced(decoders) -> None:
+    end_s = time.monotonic() + PATIENCE_S
+    while any(worker["state"] != "live" for worker in facts_of(decoders)["workers"]) and time.monotonic() < end_s:
+        time.sleep(0.2)
+
+
+def drained_streams_fetch(decoders, prompt: str) -> bool:
+    """Drain the decode worker of a stream; all streams say the same as undisturbed. True: some blocks were fetched."""
     with openai.OpenAI(base_url=decoders.url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
         before = workers_of(decoders)
-        moved = {kind: Told() for kind in KINDS}
+        moved = {kind: Told(prompt) for kind in KINDS}
         threads = [threading.Thread(target=told.listen, args=(client, kind)) for kind, told in moved.items()]
         for thread in threads:
             thread.start()
@@ -111,7 +127,7 @@ def test_a_drained_workers_streams_take_their_kv_along(decoders):
         for thread in threads:
             thread.join(PATIENCE_S)
         heirs = workers_of(decoders)
-        whole = {kind: Told() for kind in KINDS}  # afterwards: before it, they would leave their blocks everywhere
+        whole = {kind: Told(prompt) for kind in KINDS}  # afterwards: they would leave their blocks everywhere before
         for kind, told in whole.items():
             told.listen(client, kind)
             assert told.error is None
@@ -126,10 +142,8 @@ def test_a_drained_workers_streams_take_their_kv_along(decoders):
             first, *_, last = facts["dispatches"]
             assert (first["decode_worker"], first["left"]["code"]) == (victim, "worker_lost")
             assert last["resumed_tokens"][0] > 0
-    assert fetched > 0, [
-        facts_of(decoders, f"/v1/requests/{told.name}/explain")["dispatches"] for told in moved.values()
-    ]
     assert sum(worker["counters"].get("fetched_blocks", 0) for worker in heirs.values()) * 16 >= fetched
+    return fetched > 0
 
 
 @pytest.mark.timeout(600)
