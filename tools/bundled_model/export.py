@@ -18,9 +18,7 @@ def export_model(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     bos, eos, pad, end = (special_id(tokenizer, token) for token in (BOS, EOS, PAD, END))
     config = hugging_face_config(network.shape, context_tokens=CONTEXT_TOKENS, bos=bos, eos=eos, pad=pad)
     _write_json(folder / "config.json", config)
-    # Greedy and short where a request says nothing: a model of this size says little that makes sense by chance.
     generation = {"bos_token_id": bos, "eos_token_id": [eos, end], "pad_token_id": pad}
-    generation |= {"do_sample": False, "max_new_tokens": 256}
     _write_json(folder / "generation_config.json", generation)
     weights = {name: weight.to(torch.bfloat16) for name, weight in hugging_face_weights(network).items()}
     partial = folder / "model.safetensors.partial"
