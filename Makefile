@@ -57,8 +57,7 @@ campaigns: $(STAMP)-all,test,redis
 
 # Real workers behind a proxy that splits, delays, cuts and resets their streams, and all unlike pairs: ten minutes.
 chaos: $(STAMP)-all,test,redis
-	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_paired_workers.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py \
-		tests/system/test_start.py
+	$(BIN)/python -m pytest -s -m campaign tests/worker/test_chaos.py tests/worker/test_paired_workers.py tests/worker/test_unlike_workers.py tests/system/test_unlike_ranks.py tests/model/test_grammar_masks.py
 
 # A cluster over two machines (network namespaces: needs root and iproute2), one of which is lost, and one on a Ray
 # whose supervisor is killed; workers of Ray that die, freeze and drain, nodes that its autoscaler brings, a head that is
@@ -66,7 +65,9 @@ chaos: $(STAMP)-all,test,redis
 nodes: $(STAMP)-all,test,redis
 	$(BIN)/python -m pytest -rs -m campaign tests/system/test_nodes.py tests/system/test_ray.py tests/system/test_migration.py \
 		tests/system/test_equality.py tests/cluster tests/worker/test_ranks.py \
-		tests/worker/test_worker_process.py tests/system/test_routers.py tests/system/test_tls.py tests/system/test_resume.py
+		tests/worker/test_worker_process.py tests/worker/test_worker_transports.py tests/system/test_routers.py \
+		tests/system/test_tls.py tests/system/test_resume.py tests/system/test_demo.py tests/system/test_start.py \
+		tests/system/test_traces.py tests/system/test_cli.py
 
 # The CPU kernels for 64-bit Arm under qemu: needs g++-aarch64-linux-gnu and qemu-user-static.
 arm: $(STAMP)-all,test,redis

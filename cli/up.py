@@ -56,12 +56,12 @@ def up(settings: Config, dry_run: DryRun = False, machine: Machine = None) -> No
             _wait(process, folder, told)
         except BaseException as error:
             _give_up(process)
-            said = told.news()
+            told.news()
             _tidy(folder)
             if isinstance(error, TwostrokeError):
-                if process.returncode == _REFUSED and said:
-                    raise Unavailable(f"the cluster did not start: {said[-1].removeprefix('twostroke: ')}") from None
-                raise Unavailable(": ".join([str(error), *said[-1:]])) from None
+                if process.returncode == _REFUSED and told.last:
+                    raise Unavailable(f"the cluster did not start: {told.last.removeprefix('twostroke: ')}") from None
+                raise Unavailable(": ".join(filter(None, [str(error), told.last]))) from None
             raise
     state = folder.state()
     assert state is not None
@@ -107,6 +107,7 @@ class _Listener:
         self._file = file.open("rb")
         self._file.seek(0, os.SEEK_END)  # behind what earlier processes of the cluster logged
         self._cut = b""  # a line without its end
+        self.last = ""  # of the lines read: the reason of an end may be shown before the end is seen
 
     def __enter__(self) -> _Listener:
         return self
@@ -118,7 +119,9 @@ class _Listener:
         """Whole lines that came since the last call."""
         *whole, self._cut = (self._cut + self._file.read()).split(b"\n")
         lines = (line.decode(errors="replace").strip() for line in whole)
-        return [line for line in lines if line]
+        news = [line for line in lines if line]
+        self.last = news[-1] if news else self.last
+        return news
 
 
 def _wait(process: subprocess.Popen[bytes], folder: RunFolder, told: _Listener) -> None:

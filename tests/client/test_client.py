@@ -212,7 +212,7 @@ async def test_closing_the_client_ends_what_waits_with_a_type(address):
     waiting = [asyncio.create_task(client.generate("!hang")), asyncio.create_task(anext(stream))]
     await asyncio.sleep(0.2)
     await client.close()
-    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 2)
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 60)
     assert [type(result) for result in results] == [Cancelled, Cancelled]
 
 
@@ -223,7 +223,7 @@ async def test_closing_the_plain_client_ends_what_waits_with_a_type(address):
     tasks = [asyncio.create_task(one) for one in waiting]
     await asyncio.sleep(0.3)
     client.close()
-    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 2)
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
     assert [type(result) for result in results] == [Cancelled, Cancelled]
 
 

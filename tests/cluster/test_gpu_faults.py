@@ -155,6 +155,7 @@ async def test_a_cluster_does_not_start_on_an_unfit_gpu_and_says_why(tiny_checkp
             pass
 
 
+@pytest.mark.campaign
 async def test_a_hot_gpu_is_shown_and_one_off_the_bus_leaves_its_worker_down(tiny_checkpoint: Path, gpus: Gpus) -> None:
     async def verdict() -> str:
         worker = await cluster.worker()

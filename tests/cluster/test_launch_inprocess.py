@@ -41,7 +41,7 @@ async def test_a_worker_whose_engine_ends_is_told_of_once_and_can_be_started_aga
     await launcher.start(member, ended)
     worker, _ = launcher._running["w"]
     worker.room.link.send(link.Stop())
-    await asyncio.wait_for(told.wait(), 10)
+    await asyncio.wait_for(told.wait(), 60)
     assert len(ends) == 1
     assert "own fault" in ends[0]
     told.clear()

@@ -51,7 +51,7 @@ async def test_a_run_may_end_before_its_offer_is_sent(caplog: pytest.LogCaptureF
     journaling.begin(order())
     journaling.grew(KEY, [1, 2], has_kv=True)
     journaling.end(KEY)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not counters["journal_offers"]:
             await asyncio.sleep(0.001)
     assert buddy.offers == [64]
@@ -64,7 +64,7 @@ async def test_a_buddy_that_answers_nonsense_has_kept_nothing_and_is_asked_again
     journaling = made(buddy, counters)
     journaling.begin(order())
     journaling.grew(KEY, [1, 2], has_kv=True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while counters["journal_refused"] < 2:
             await asyncio.sleep(0.001)
     assert counters["journal_offers"] == counters["journal_blocks"] == 0
@@ -77,7 +77,7 @@ async def test_a_buddy_that_says_it_has_more_than_was_offered_is_asked_again() -
     journaling = made(buddy, counters)
     journaling.begin(order())
     journaling.grew(KEY, [1, 2], has_kv=True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while counters["journal_refused"] < 2:  # it is asked again
             await asyncio.sleep(0.001)
     assert counters["journal_offers"] == counters["journal_blocks"] == 0
@@ -93,7 +93,7 @@ async def test_a_call_that_breaks_is_an_answer() -> None:
     journaling = made(Broken(b""), counters)
     journaling.begin(order())
     journaling.grew(KEY, [1, 2], has_kv=True)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not counters["journal_refused"]:
             await asyncio.sleep(0.001)
     journaling.close()

@@ -48,7 +48,7 @@ async def test_receive_wakes_and_takes_all_at_once():
     await asyncio.sleep(0)
     thread = threading.Thread(target=link.emit, args=([Bound(KEY), Bound(KEY)],))
     thread.start()
-    assert await asyncio.wait_for(waiting, 5) == [Bound(KEY), Bound(KEY)]
+    assert await asyncio.wait_for(waiting, 60) == [Bound(KEY), Bound(KEY)]
     thread.join()
 
 

@@ -117,7 +117,7 @@ def last_rows(talk: Talk) -> list[torch.Tensor]:
         ("llama-llama3", "fp8"),
         pytest.param("gemma2", "bfloat16", marks=pytest.mark.campaign),  # gpt-oss has windows, too
         pytest.param("qwen3-windows", "fp8", marks=pytest.mark.campaign),
-        ("qwen2-moe", "bfloat16"),
+        pytest.param("qwen2-moe", "bfloat16", marks=pytest.mark.campaign),  # and experts
         ("gpt-oss", "fp8"),
     ],
 )

@@ -30,7 +30,7 @@ def gauge(routers: Quick, name: str, index: int) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-async def until(there: Any, timeout_s: float = 10.0) -> None:
+async def until(there: Any, timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not there():
             await asyncio.sleep(0.02)
@@ -88,7 +88,7 @@ async def test_a_router_that_was_thought_dead_gives_its_stream_up():
             await started.rest.aclose()
             await until(lambda: gauge(both, "twostroke_streams_fenced_total", owner) == 1)
             assert len(both.processes[owner]._front.streams.journal) == 0
-            await until(lambda: all(entry.is_over for entry in adopter._front.streams.journal.entries()), 20)
+            await until(lambda: all(entry.is_over for entry in adopter._front.streams.journal.entries()), 60.0)
 
 
 async def tenant(process: Any) -> str:
@@ -113,7 +113,7 @@ async def test_no_request_fails_for_a_broken_redis(how: str):
             if how == "frozen":
                 os.kill(server.process.pid, signal.SIGCONT)
                 await events(one, body(request_id="later"), **RESUMABLE)
-                await until(lambda: gauge(one, "twostroke_journal_store_up", 0) == 1, 20)
+                await until(lambda: gauge(one, "twostroke_journal_store_up", 0) == 1, 60.0)
 
 
 @asynccontextmanager

@@ -114,7 +114,7 @@ async def test_it_closes_though_a_library_swallows_a_cancellation():
     store.changed(entry("one"))
     await writing.wait()
     store.is_up = False
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await store.close()
     assert swallowed
 

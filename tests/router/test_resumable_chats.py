@@ -55,7 +55,7 @@ async def pair(folder: Path, **settings: Any) -> AsyncIterator[Quick]:
     await both.worker.start(f"127.0.0.1:{both.inside[0]}")
     await both.worker.announce_also(f"127.0.0.1:{both.inside[1]}")
     try:
-        await until(lambda: all(p._flow.is_ready for p in both.processes), 20.0)
+        await until(lambda: all(p._flow.is_ready for p in both.processes), 60.0)
         yield both
     finally:
         for process in both.processes:
@@ -139,7 +139,7 @@ async def test_a_router_dies_and_the_other_goes_on_within_reasoning_and_calls(tm
             async def follow() -> None:
                 had.extend(await events(both, ASKED | {"request_id": "r1"}, index, x_twostroke_resumable="1"))
 
-            await asyncio.wait_for(follow(), 20)
+            await asyncio.wait_for(follow(), 60)
             (owner,) = [p for p in both.processes if len(p._front.streams.journal)]
             (entry,) = owner._front.streams.journal.entries()
             assert not entry.is_over

@@ -100,7 +100,7 @@ async def pair(folder: Path, token_s: float = 0.02, **settings: Any) -> AsyncIte
     await both.worker.start(f"127.0.0.1:{both.inside[0]}")
     await both.worker.announce_also(f"127.0.0.1:{both.inside[1]}")
     try:
-        await until(lambda: all(p._flow.is_ready for p in both.processes), 20.0)
+        await until(lambda: all(p._flow.is_ready for p in both.processes), 60.0)
         yield both
     finally:
         for process in both.processes:
@@ -109,7 +109,7 @@ async def pair(folder: Path, token_s: float = 0.02, **settings: Any) -> AsyncIte
 
 
 async def over(both: Apart, index: int, name: str) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (now := await both.ask(index, "GET", f"/{name}"))["status"] in ("queued", "in_progress"):
             await asyncio.sleep(0.05)
     return dict(now)

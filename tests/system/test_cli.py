@@ -157,6 +157,7 @@ def test_ctrl_c_on_the_way_up_stops_at_once(served: Served):
     assert [path.name for path in served.directory.iterdir()] == ["output"]
 
 
+@pytest.mark.campaign
 def test_a_dead_worker_is_started_again(served: Served):
     served.until_said("Ctrl-C drains and stops.")
     observer = Observer(served.grpc)

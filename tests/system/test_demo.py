@@ -10,6 +10,7 @@ import pytest
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(400)
 def test_the_demo_serves_explains_and_compares():
     command = [sys.executable, str(DEMO), "--launcher", "process"]

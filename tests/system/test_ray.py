@@ -109,6 +109,7 @@ RAYS_OWN = {  # each on loopback alone; README names them
 }
 
 
+@pytest.mark.campaign
 def test_all_sockets_are_declared_and_on_loopback(cluster: Any, observer: Observer):
     here = psutil.Process()
     assert all(folder.stat().st_mode & 0o77 == 0 for folder in _footprint(cluster).directories)

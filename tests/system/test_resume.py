@@ -160,18 +160,13 @@ def disturb(cluster: Any, client: openai.OpenAI, kinds: list[str], how: signal.S
     return told, [facts_of(cluster, f"/v1/requests/{one.name}/explain") for one in told]
 
 
+@pytest.mark.campaign  # tests/worker/test_resume.py kills at every token, in one process
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("how", "victims"),
-    [
-        (signal.SIGKILL, ["three"]),  # whose worker is lost
-        *(pytest.param(how, ALL, marks=pytest.mark.campaign) for how in (signal.SIGKILL, signal.SIGSTOP)),
-    ],
-)
-def test_streams_survive_the_loss_of_their_decode_worker(decoders, client, undisturbed, how, victims):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_survive_the_loss_of_their_decode_worker(decoders, client, undisturbed, how):
     rng = random.Random(SEED)
     resumed = 0
-    for first in victims:
+    for first in ALL:  # whose worker is lost
         kinds = [first, *(kind for kind in KINDS if kind != first)]
         told, explained = disturb(decoders, client, kinds, how, rng)
         for kind, one, facts in zip(kinds, told, explained, strict=True):

@@ -132,6 +132,7 @@ def ended(readers: list[Reader]) -> None:
         assert reader.events[-1:] == ["data: [DONE]"]
 
 
+@pytest.mark.campaign
 def test_a_router_is_killed_under_load_and_all_its_streams_go_on(cluster: Any):
     until_whole(cluster)
     whole = [Reader(cluster.url, seed) for seed in range(8)]

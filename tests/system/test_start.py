@@ -118,8 +118,9 @@ def start() -> Iterator[Callable[..., Start]]:
 # ---------------------------------------------------------------- from any folder, in any environment
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.campaign])])
+@pytest.mark.parametrize("launcher", ["process", pytest.param("ray", marks=pytest.mark.ray)])
 def test_serves_a_model_of_the_folder_and_runs_none_of_its_files(start, monkeypatch, launcher):
     """Traps in the folder, proxies that lead nowhere, another Ray named: a user's shell may look like that."""
     elsewhere = {"RAY_ADDRESS": "127.0.0.1:9", "RAY_NAMESPACE": "other", "RAY_RUNTIME_ENV_HOOK": "no.such.hook"}

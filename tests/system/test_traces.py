@@ -79,6 +79,7 @@ def killable(tmp_path: Path) -> Iterator[Killable]:
     made.process.wait()
 
 
+@pytest.mark.campaign
 def test_sockets_are_declared_keys_are_nowhere_and_a_kill_leaves_no_member(killable: Killable, tmp_path: Path):
     killable.until_up()
     members = descendants(killable.process.pid)

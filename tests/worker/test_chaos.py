@@ -19,7 +19,7 @@ GOOD_ENDS = {common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH}
 
 
 @pytest.fixture(params=["grpc", "shm", pytest.param("gloo", marks=pytest.mark.campaign)])
-async def chaotic(request, start_worker, router_of, make_prompt):
+async def chaotic(request, usual_leases, start_worker, router_of, make_prompt):
     """Prefill and decode worker with a proxy between them, a session, and the calm texts: prompt by three choices."""
     cache = CacheConfig(tokens=8192, frame_bytes=8192, transport=request.param, prefix_caching=False)
     prefill, decode = [await start_worker(role, cache=cache) for role in (Role.PREFILL, Role.DECODE)]

@@ -23,7 +23,7 @@ def source_of(worker, blocks):
     )
 
 
-async def until(condition, timeout_s=20.0):
+async def until(condition, timeout_s=60.0):
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)

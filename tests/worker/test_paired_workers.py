@@ -134,6 +134,7 @@ async def test_a_cancelled_request_leaves_the_channel_to_the_others(start_pair, 
 
 @pytest.mark.campaign
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("usual_leases")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_prefill_process_that_dies_or_freezes_costs_no_token(
     number, tiny_checkpoint, start_worker, router_of, make_prompt

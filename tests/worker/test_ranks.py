@@ -74,7 +74,10 @@ async def test_two_ranks_say_the_bundled_models_text(start_worker, router_of):
     assert all(texts[0])
 
 
-@pytest.mark.parametrize(("num_ranks", "kernels"), [(2, "native"), (2, "torch"), (4, "native")])
+@pytest.mark.parametrize(
+    ("num_ranks", "kernels"),
+    [(2, "native"), *(pytest.param(*more, marks=pytest.mark.campaign) for more in ((2, "torch"), (4, "native")))],
+)
 async def test_ranks_give_the_tokens_of_one(num_ranks, kernels, start_worker, router_of, make_prompt):
     prompts = [make_prompt(20), make_prompt(150, 1), make_prompt(70, 2)]
     answers, num_tokens = [], 40 if kernels == "native" else 8
@@ -166,7 +169,8 @@ async def test_a_dead_or_frozen_rank_ends_its_worker(number, is_busy, tiny_check
     await until(lambda: all(map(is_gone, pids)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.campaign)])
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_ranks_end_with_their_worker(number, tiny_checkpoint):
     process, _, pids = await serving(tiny_checkpoint)
     regions = [
@@ -179,6 +183,7 @@ async def test_ranks_end_with_their_worker(number, tiny_checkpoint):
     await until(lambda: all(map(is_gone, pids)))
 
 
+@pytest.mark.campaign
 async def test_a_signal_to_the_whole_group_lets_the_worker_drain(tiny_checkpoint, hand_to, make_prompt):
     process, address, pids = await serving(tiny_checkpoint)
     hand = await hand_to(address)

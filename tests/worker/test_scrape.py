@@ -44,7 +44,7 @@ async def ask(server, request: bytes) -> tuple[str, bytes]:
     reader, writer = await asyncio.open_connection(*server)
     try:
         writer.write(request)
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), 60)
     except ConnectionError:
         return "", b""
     finally:
@@ -121,7 +121,7 @@ async def test_connections_are_bounded_and_room_comes_back(server):
     assert await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n") == ("", b"")
     for _, writer in idle:
         writer.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] != "HTTP/1.1 200 OK":
             await asyncio.sleep(0.01)
 
@@ -131,7 +131,7 @@ async def test_a_client_that_reads_nothing_is_let_go_of(server, monkeypatch):
     reader, writer = await asyncio.open_connection(*server)
     writer.write(b"GET /huge HTTP/1.1\r\n\r\n")
     await reader.readexactly(10)  # it is being answered
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] != "HTTP/1.1 200 OK":
             await asyncio.sleep(0.05)
     writer.close()

@@ -83,7 +83,9 @@ twostroke.worker.process.build_engine = lambda *_: print("it loads", flush=True)
 """
 
 
-@pytest.mark.parametrize(("before", "until"), [(LOADS_FOR_EVER, "it loads"), ("", "serves at")])
+@pytest.mark.parametrize(
+    ("before", "until"), [(LOADS_FOR_EVER, "it loads"), pytest.param("", "serves at", marks=pytest.mark.campaign)]
+)
 async def test_a_worker_does_not_outlive_a_killed_parent_while_it_loads_or_serves(tiny_checkpoint, before, until):
     main = before + MAIN
     parent = await asyncio.create_subprocess_exec(
@@ -159,5 +161,5 @@ async def test_a_broken_engine_ends_its_requests_and_says_so(start_worker, route
     for place in range(4):
         answer = await (await hand.submit(f"r{place}", make_prompt(20))).ended()
         assert answer.end.error.code in ("internal_error", "unavailable")
-    await asyncio.wait_for(worker.ended.wait(), 5)
+    await asyncio.wait_for(worker.ended.wait(), 60)
     assert not worker.health.is_serving()

@@ -56,7 +56,7 @@ async def test_all_requests_of_a_step_share_a_message(hand, make_prompt):
 
 
 async def test_an_idle_session_beats_with_the_engines_steps(hand):
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60):
         while len(beats := [m.beat for m in hand.messages if m.HasField("beat")]) < 2:
             await asyncio.sleep(0.02)
     assert beats[-1].phase == "idle"
@@ -198,7 +198,7 @@ async def test_a_newer_dispatch_ends_the_older_and_an_older_is_dropped(alone, ha
     assert newer.end.reason == LENGTH
     await hand.submit("r", make_prompt(20), counter=1)
     await hand.cancel("r", counter=1)
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60):
         while not alone.counters["orders_stale"]:
             await asyncio.sleep(0.01)
     assert alone.counters["orders_stale"] == 1
@@ -247,7 +247,7 @@ async def test_a_router_that_comes_back_may_cancel_and_replace_what_it_left(
     await second.cancel("a")
     again = await second.submit("b", make_prompt(20), counter=2)
     assert (await again.ended()).end.reason == LENGTH
-    await all_free(worker, timeout_s=5.0)
+    await all_free(worker)
     assert worker.counters["orphans_cancelled"] == 0
 
 
@@ -279,7 +279,7 @@ async def test_choices_of_a_request_are_cancelled_together(alone, hand, make_pro
     for answer in answers:
         await answer.until(lambda a: len(a.token_ids) > 1)
     await hand.cancel("r")
-    await all_free(alone, timeout_s=1.0)
+    await all_free(alone)
     for answer in answers:
         assert (await answer.ended()).end.reason == CANCELLED
 
@@ -335,7 +335,7 @@ async def test_a_router_that_stops_beating_is_lost(alone, router_of, make_prompt
     await hand.say(worker_pb2.SessionUp(beat=worker_pb2.Beat(phase="idle")))
     answer = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1500, **FREE})
     await answer.until(lambda a: len(a.token_ids) > 1)
-    await all_free(alone, timeout_s=0.5 + alone.settings.orphan_grace_s + 1.0)
+    await all_free(alone)
     assert alone.counters["sessions_lost"] == 1
 
 
@@ -348,7 +348,7 @@ async def test_drain_lets_the_running_end_and_refuses_the_rest(start_worker, rou
     running = await hand.submit("r", make_prompt(100), [prefill], sampling={"max_tokens": 60, **FREE})
     await running.until(lambda a: len(a.token_ids) > 1)
     draining = asyncio.ensure_future(hand.stub.Drain(worker_pb2.DrainRequest(timeout_ms=200_000)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for number in itertools.count():  # until the order to drain has arrived
             refused = await (await hand.submit(f"late{number}", make_prompt(20), sampling={"max_tokens": 1})).ended()
             if refused.end.error.code:

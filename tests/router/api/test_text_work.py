@@ -31,7 +31,7 @@ class Held:
 
 
 async def _begun(held: Held, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while held.num_begun < count:
             await asyncio.sleep(0.001)
 

@@ -43,7 +43,7 @@ async def test_who_took_a_workers_address_gets_no_order_and_is_not_believed(guar
         impostor = FakeWorker("a", held=[b"i" * 16])
         impostor.guards = guards
         c.workers.append(await impostor.start(c.internal))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while "a gets no orders" not in caplog.text:
                 await asyncio.sleep(0.01)
         with pytest.raises(errors.Unavailable):

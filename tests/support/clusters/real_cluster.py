@@ -30,7 +30,7 @@ class RealCluster:
     async def add(self, role: Role, **changes: Any) -> WorkerProcess:
         """Start a worker; returns when the router may send it requests."""
         worker = await self._start_worker(role, routers=(self.address,), **changes)
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60):
             while self._state(worker.settings.worker_id) != "live":
                 await asyncio.sleep(0.01)
         return worker

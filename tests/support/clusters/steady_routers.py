@@ -57,7 +57,7 @@ async def pair(number: int = 2, **settings: Any) -> AsyncIterator[Quick]:
     for port in found.inside[1:]:
         await found.worker.announce_also(f"127.0.0.1:{port}")
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not all(p._flow.is_ready for p in found.processes):
                 await asyncio.sleep(0.01)
         yield found

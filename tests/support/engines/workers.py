@@ -131,7 +131,7 @@ class Answer:
         assert len(self.ends) == 1, self.ends
         return self.ends[0]
 
-    async def until(self, condition: Callable[["Answer"], bool], timeout_s: float = 20.0) -> "Answer":
+    async def until(self, condition: Callable[["Answer"], bool], timeout_s: float = 120.0) -> "Answer":
         """Wait until something holds."""
 
         async def wait() -> None:
@@ -142,7 +142,7 @@ class Answer:
         await asyncio.wait_for(wait(), timeout_s)
         return self
 
-    async def ended(self, timeout_s: float = 20.0) -> "Answer":
+    async def ended(self, timeout_s: float = 120.0) -> "Answer":
         """Wait for the end."""
         return await self.until(lambda answer: bool(answer.ends), timeout_s)
 
@@ -282,7 +282,7 @@ def all_free() -> Callable[..., Awaitable[float]]:
     Returns the seconds that it took.
     """
 
-    async def wait(*workers: WorkerProcess, timeout_s: float = 5.0) -> float:
+    async def wait(*workers: WorkerProcess, timeout_s: float = 60.0) -> float:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
 

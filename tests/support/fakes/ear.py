@@ -24,7 +24,7 @@ class Ear(worker_pb2_grpc.AnnounceServicer):
             self.changed.set()
             yield worker_pb2.AnnounceReply(router_id="ear", sequence=message.sequence)
 
-    async def until(self, condition, timeout_s=10.0):
+    async def until(self, condition, timeout_s=60.0):
         async def wait():
             while not condition(self.heard):
                 self.changed.clear()

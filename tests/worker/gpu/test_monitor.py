@@ -31,7 +31,7 @@ class Watched:
         reader = NvmlReader(self.script, DeviceName(0))
         self.monitor = GpuMonitor(reader, "GPU 0", MonotonicClock(), self.told.append, limits=limits, poll_s=0.02)
 
-    async def until(self, holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async def until(self, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not holds():
                 await asyncio.sleep(0.01)

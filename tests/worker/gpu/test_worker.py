@@ -36,7 +36,7 @@ def shown(cluster: RealCluster, worker_id: str) -> dict[str, object] | None:
     return None
 
 
-async def until(holds: Callable[[], object], timeout_s: float = 30.0) -> None:
+async def until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not holds():
             await asyncio.sleep(0.02)

@@ -54,7 +54,7 @@ async def create(there: There, text: Any = "Hi", **more: Any) -> Any:
 
 async def over(there: There, response: Any) -> Any:
     """The response when it is over, polled as clients do."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while response.status in ("queued", "in_progress"):
             await asyncio.sleep(0.02)
             response = await there.openai.responses.retrieve(response.id)

@@ -59,7 +59,7 @@ async def ask(config: RouterConfig, method: str, path: str, headers: Pairs, vers
     async def send(message):
         sent.append(message)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await app(scope, receive, send)
     content = b"".join(message.get("body", b"") for message in sent[1:])
     return httpx.Response(sent[0]["status"], headers=sent[0]["headers"], content=content)
@@ -170,7 +170,7 @@ async def test_on_the_wire_neither_an_absolute_target_nor_a_second_host_changes_
 
     try:
         await router.start()
-        async with asyncio.timeout(20), httpx.AsyncClient(trust_env=False) as client:
+        async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False) as client:
             while True:  # its loop begins to listen a moment later
                 with contextlib.suppress(httpx.ConnectError):
                     await client.get(f"http://127.0.0.1:{ports['port']}/health")

@@ -41,7 +41,7 @@ async def served(most: int = 64, stall_s: float = 5.0, app: Any = None) -> Async
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical"))
     running = asyncio.create_task(server._serve([listener]))
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             yield listener.getsockname()[1], among
     finally:
         server.should_exit = server.force_exit = True
@@ -264,7 +264,7 @@ async def test_a_connection_that_ends_and_is_not_left_by_its_client_is_closed():
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head)
         assert (await reader.read(-1)).startswith(b"HTTP/1.1 413")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(among):
                 await asyncio.sleep(0.01)
         writer.transport.abort()
