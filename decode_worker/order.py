@@ -39,6 +39,7 @@ class Order:
     serial: int  # of this worker's orders
     buddy: Peer | None = None  # it keeps a copy of the blocks as they fill
     sources: tuple[BlockSource, ...] = ()  # ranked; asked for blocks before anything is computed
+    confirm: bool = False  # the router is told who works on it, before that one begins
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -86,6 +87,7 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
         num_emitted=message.emitted_tokens,
         priority=message.priority,
         serial=serial,
+        confirm=message.confirm,
     )
 
 

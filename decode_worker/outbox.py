@@ -75,6 +75,7 @@ class Outbox:
         # Parts of one choice are in order; only the last one grows.
         self._tokens: dict[tuple[SequenceKey, Epoch], deque[_Pending]] = {}
         self._ends: list[worker_pb2.RequestEnd] = []
+        self._taken: list[worker_pb2.OrderTaken] = []
         self._num_tokens = 0
         self._num_bytes = 0
         self._step = 0
@@ -90,7 +91,7 @@ class Outbox:
     @property
     def is_full(self) -> bool:
         """True if a bound is reached: the router reads too slowly to be given more work."""
-        is_long = self._num_tokens >= self._max_tokens or len(self._ends) >= self._max_ends
+        is_long = self._num_tokens >= self._max_tokens or len(self._ends) + len(self._taken) >= self._max_ends
         return is_long or self._num_bytes >= self._max_bytes
 
     def add_tokens(
@@ -133,6 +134,11 @@ class Outbox:
         self._ends.append(end)
         self._changed()
 
+    def add_taken(self, taken: worker_pb2.OrderTaken) -> None:
+        """Add who is about to work on an order. It is sent with the next message, before tokens and ends."""
+        self._taken.append(taken)
+        self._changed()
+
     def at_step(self, step: int) -> None:
         """Set the number of the engine step that the next tokens come from."""
         self._step = step
@@ -152,7 +158,8 @@ class Outbox:
         """
         if self.is_empty:
             return None
-        output = worker_pb2.StepOutput(step=self._step)
+        output = worker_pb2.StepOutput(step=self._step, taken=self._taken)
+        self._taken.clear()
         self._take_tokens(output)
         ends, self._ends = self._ends, []
         for end in ends:
@@ -162,7 +169,7 @@ class Outbox:
             self._waiting.clear()
         if not self.is_full:
             self._room.set()
-        return output if output.tokens or output.ends else None
+        return output if output.tokens or output.ends or output.taken else None
 
     def _take_tokens(self, output: worker_pb2.StepOutput) -> None:
         """Move parts into a message: at least one, and as many as the size bound allows."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..core.errors import TwostrokeError, from_code
 from ..core.life import Life, Transfer
-from ..core.request import FinishReason
+from ..core.request import Epoch, FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..engine.link import messages as link
 from ..kv.handover.fetching import BlockFetch
@@ -17,7 +17,7 @@ from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants
 from ..kv.spec import KvSpec
 from ..protos import common_pb2, worker_pb2
 from .choice import ChoiceText
-from .order import Order
+from .order import Order, Peer
 from .pull import KvPull
 
 log = logging.getLogger(__name__)
@@ -187,6 +187,18 @@ def refusal_message(message: worker_pb2.Submit, error: TwostrokeError) -> worker
         error=error_to_wire(error),
         usage=common_pb2.Usage(prompt_tokens=len(message.prompt_ids)),
     )
+
+
+def taken_message(key: SequenceKey, epoch: Epoch, peer: Peer | None = None) -> worker_pb2.OrderTaken:
+    """Who is about to work on an order: the peer that will compute its prompt; None: this worker has taken it."""
+    taken = worker_pb2.OrderTaken(request_id=key.request_id, choice=key.choice, epoch=epoch_to_wire(epoch))
+    if peer is not None:
+        taken.peer.worker_id, taken.peer.incarnation, taken.peer.address = (
+            peer.worker_id,
+            peer.incarnation,
+            peer.address,
+        )
+    return taken
 
 
 def _received_s(timeline: Timeline) -> float:

@@ -14,9 +14,12 @@ import grpc.aio
 
 from ..core.lease import ROUTER_LEASE, WORKER_LEASE
 from ..engine.link.messages import LoadNews
+from ..kv.messages import epoch_from_wire
 from ..protos import common_pb2, worker_pb2
 from .ledger import RouterKey
+from .order import key_of
 from .outbox import Outbox
+from .report import taken_message
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class RouterSession:
         self._timing = timing
         self._load = load
         self._sequence = 0
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._has_beaten = False
         self._is_over = (
             False  # `wait_for` may swallow a cancellation (CPython before 3.12): reader and writer look here
@@ -117,7 +121,20 @@ class RouterSession:
                 return
             if not isinstance(message, worker_pb2.SessionUp):
                 return  # grpc.aio.EOF
+            first = self.before(message)
+            if first is not None and not await self._send(context, step=first):
+                return
             self.take(message)
+
+    def before(self, message: worker_pb2.SessionUp) -> worker_pb2.StepOutput | None:
+        """What must have been sent before a message of the router is handled; None: nothing.
+
+        An order that may kill this worker is confirmed first: afterwards nobody could.
+        """
+        order = message.submit
+        if not order.confirm:  # or no order
+            return None
+        return worker_pb2.StepOutput(taken=[taken_message(key_of(order), epoch_from_wire(order.epoch))])
 
     def take(self, message: worker_pb2.SessionUp) -> None:
         """Handle one message of the router, after its hello."""
@@ -140,20 +157,22 @@ class RouterSession:
                 async with asyncio.timeout(self._timing.beat_s):
                     await self.outbox.wait()
             output = self.outbox.take()
-            self._sequence += 1
-            message = worker_pb2.SessionDown(sequence=self._sequence)
-            if output is not None:
-                message.step.CopyFrom(output)
-            else:
-                message.beat.CopyFrom(self._beat())
-            try:
-                async with asyncio.timeout(self._timing.stall_s):
-                    await context.write(message)
-            except TimeoutError:
-                log.warning("router %s: read nothing for %.1f s", self.router_id, self._timing.stall_s)
+            body: dict[str, Any] = {"beat": self._beat()} if output is None else {"step": output}
+            if not await self._send(context, **body):
                 return
-            except STREAM_ERRORS:
-                return
+
+    async def _send(self, context: SessionContext, **body: Any) -> bool:
+        """Write one message, and wait until it has left this process. False: the router is lost."""
+        try:
+            async with asyncio.timeout(self._timing.stall_s), self._writing:
+                self._sequence += 1
+                await context.write(worker_pb2.SessionDown(sequence=self._sequence, **body))
+        except TimeoutError:
+            log.warning("router %s: read nothing for %.1f s", self.router_id, self._timing.stall_s)
+            return False
+        except STREAM_ERRORS:
+            return False
+        return True
 
     def _beat(self) -> worker_pb2.Beat:
         load = self._load()

@@ -31,7 +31,7 @@ from .messages import open_of, submit_of
 from .order import Order, Peer
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import NOTHING, REFUSALS, KvPull, Offer
-from .report import HandoverTotals, end_message, ending_of, life_of
+from .report import HandoverTotals, end_message, ending_of, life_of, taken_message
 from .sources import MOST_LEFT_TOKENS, SourceLine
 from .tools import DecodeTaskTools
 
@@ -66,6 +66,7 @@ class DecodeTask:
         self._verdict: FinishReason | None = None
         self._pull: KvPull | None = None
         self._peers = list(order.peers)
+        self._peer: Peer | None = None  # that was asked last
         self._fetch: KvFetch | None = None
         self._sources = SourceLine(order.sources, order.prompt.names.identities, len(order.prompt_ids))
         self._fetch_waits = False  # for the engine's Bound
@@ -232,6 +233,7 @@ class DecodeTask:
         if self._verdict is not None:
             return
         order, tools = self.order, self._tools
+        self._peer = peer
         offer = self._offered(peer)
         if offer is None:
             is_ring = tools.facts.transport.required == SHM
@@ -251,6 +253,10 @@ class DecodeTask:
         """Implements `PullOwner.bind_wanted`. A second peer may ask for blocks that the engine has bound already."""
         assert self._pull is not None
         self._pull_waits = True
+        order = self.order
+        if self._peer is not None and (order.confirm or self._peer != order.peers[0]):
+            # Its turn is next, and it computes nothing before it hears of the blocks that are bound now.
+            self._outbox.add_taken(taken_message(order.key, order.epoch, self._peer))
         if self._has_bound:
             self._pull.bound()
         elif self._is_put_off:

@@ -310,6 +310,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     BUDDY_FIELD_NUMBER: _builtins.int
     BLOCK_SOURCES_FIELD_NUMBER: _builtins.int
+    CONFIRM_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     choice: _builtins.int
     isolation_domain: _builtins.str
@@ -321,6 +322,8 @@ class Submit(_message.Message):
     emitted_tokens: _builtins.int
     """of prompt_ids, how many trailing ones were already given to the client (re-dispatch)"""
     priority: _builtins.int
+    confirm: _builtins.bool
+    """say `OrderTaken` before anything is done for it: the request may have killed a worker"""
     @_builtins.property
     def epoch(self) -> Global___Epoch: ...
     @_builtins.property
@@ -357,10 +360,11 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         buddy: Global___PrefillPeer | None = ...,
         block_sources: _abc.Iterable[Global___BlockSource] | None = ...,
+        confirm: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["buddy", b"buddy", "epoch", b"epoch", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_sources", b"block_sources", "buddy", b"buddy", "choice", b"choice", "emitted_tokens", b"emitted_tokens", "epoch", b"epoch", "isolation_domain", b"isolation_domain", "prefill_peers", b"prefill_peers", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_sources", b"block_sources", "buddy", b"buddy", "choice", b"choice", "confirm", b"confirm", "emitted_tokens", b"emitted_tokens", "epoch", b"epoch", "isolation_domain", b"isolation_domain", "prefill_peers", b"prefill_peers", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,25 +527,65 @@ class StepOutput(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
+    TAKEN_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenOutput]: ...
     @_builtins.property
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEnd]: ...
+    @_builtins.property
+    def taken(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrderTaken]: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         tokens: _abc.Iterable[Global___TokenOutput] | None = ...,
         ends: _abc.Iterable[Global___RequestEnd] | None = ...,
+        taken: _abc.Iterable[Global___OrderTaken] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "step", b"step", "taken", b"taken", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepOutput: _TypeAlias = StepOutput  # noqa: Y015
+
+@_typing.final
+class OrderTaken(_message.Message):
+    """Somebody is about to work on an order. Sent before the work begins, so that a router knows it also if the work kills
+    the worker. For orders with `confirm`, and for every peer but the first; by workers that announce orders.confirm.1.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    choice: _builtins.int
+    @_builtins.property
+    def epoch(self) -> Global___Epoch: ...
+    @_builtins.property
+    def peer(self) -> Global___PrefillPeer:
+        """that will compute the prompt next; absent: the worker that says this has taken the order"""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        choice: _builtins.int = ...,
+        epoch: Global___Epoch | None = ...,
+        peer: Global___PrefillPeer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "peer", b"peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "epoch", b"epoch", "peer", b"peer", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OrderTaken: _TypeAlias = OrderTaken  # noqa: Y015
 
 @_typing.final
 class TokenOutput(_message.Message):

@@ -19,6 +19,7 @@ from .workers.store import undisturbed
 from .world import Process, World
 
 EXPECTED_ENDS = ("finished", "cancelled", "overloaded", "invalid_value")  # the last: its id is still in use
+KILLERS_ENDS = ("poison_request", "cancelled", "overloaded")
 SLACK_S = 2.0  # for messages under way, steps under way, and ticks
 
 
@@ -160,7 +161,8 @@ class Client:
         outcome = attempt.outcome or ""
         self.world.note(self.process, f"{outcome} after {[len(s.tokens) for s in attempt.streams]} tokens")
         self.outcomes.append(outcome)
-        if self._setting.is_bearable and outcome not in EXPECTED_ENDS:
+        expected = EXPECTED_ENDS if not self._order.kills else KILLERS_ENDS
+        if self._setting.is_bearable and outcome not in expected:
             raise Violation("L1", f"{self._order.request_id} ended as {outcome}, and nothing was in its way")
         self._check_known(attempt)
         self.num_tokens += sum(len(s.tokens) for s in attempt.streams)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+from ..engine.plan import StepPlan
 from .client import Client
 from .invariants import Violation
 from .knowledge import Idleness, check_beliefs
 from .network import Network
 from .rings import Host
 from .router import RouterNode
-from .setting import Mishap, Setting, Vary, as_drawn, draw
+from .setting import KILLER, Mishap, Setting, Vary, as_drawn, draw
 from .workers.node import WorkerNode
 from .workers.store import Ledger
 from .world import Process, World
@@ -23,6 +24,8 @@ from .world import Process, World
 LONGEST_S = 60.0
 DRAIN_S = 12.0  # longer than the sum of all graces, silences and deadlines of a setting
 MAX_EVENTS = 200_000
+KILLED_S = 0.5  # until a worker that a request killed begins its next life
+MOST_KILLED = 4  # by one request: a third that its router knows of, while its decode worker goes on by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Schedule:
         self.world = World(seed, keep_all=keep_all)
         self.network = Network(self.world, self.setting.weather, Host(is_shared=self.setting.is_one_host))
         self.ledger = Ledger()
+        self.num_killed = 0  # workers, by the request that kills them
         self.processes = {worker.worker_id: Process(worker.worker_id) for worker in self.setting.workers}
         self.processes |= {name: Process(name) for name in self.setting.routers}
         self.nodes: dict[str, WorkerNode] = {}
@@ -73,6 +77,7 @@ class Schedule:
         node = WorkerNode(self.network, process, worker, self.setting, self.ledger)
         node.find = self.nodes.get
         node.routers = self.routers.values
+        node.engine.dies_of = partial(self._dies_of, worker_id)
         self.nodes[worker_id] = node
         self.world.after(0.0, process, lambda: self._announce(node))
 
@@ -106,6 +111,17 @@ class Schedule:
                 self._end(mishap)
 
         world.after(mishap.at_s, None, happen)
+
+    def _dies_of(self, worker_id: str, plan: StepPlan) -> bool:
+        """Crash a worker that computed a step of the request that kills workers; False: the step has none of it."""
+        if not any(KILLER in sequence.key.request_id for sequence in plan.sequences):
+            return False
+        self.num_killed += 1
+        self.world.note("nature", f"{worker_id} is killed by a request")
+        if self.num_killed > MOST_KILLED:
+            raise Violation("R12", f"{self.num_killed} workers were killed by one request")
+        self._end(Mishap(self.world.now_s(), "crash", worker_id, worker_id, KILLED_S))
+        return True
 
     def _end(self, mishap: Mishap) -> None:
         """A process ends, and another life of it begins later."""

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import WorkerLost
 from ..core.request import Epoch, Request
 from ..protos import worker_pb2
-from ..router.requests import choosing, delivery
+from ..router.requests import choosing, delivery, suspects
 from ..router.requests.admission.entrance import Entrance
 from ..router.requests.history import RequestHistory
 from ..router.requests.lifecycle import Lifecycle
@@ -21,7 +21,7 @@ from ..router.requests.state import RequestState, RequestStates, Stage
 from ..router.routing.candidates import PolicyLimits, RequestFacts, RoutingDecision, Source, WorkerView
 from ..router.routing.facts import WorkerKey
 from ..router.routing.policy import choose
-from .planting import Planted, instead
+from .planting import Planted, instead, losing_two_decoders
 
 # ------------------------------------------------------------------ streams and epochs
 
@@ -141,6 +141,11 @@ def admission_keeps_what_failed() -> AbstractContextManager[None]:
     return instead(Lifecycle, "_settle", settle)
 
 
+def losses_blame_who_never_arrived() -> AbstractContextManager[None]:
+    """A real bug once: a suspect is guilty of the loss of a worker that was dead already as it was sent there."""
+    return instead(suspects, "_is_confirmed", lambda run, key: True)
+
+
 # ------------------------------------------------------------------ names
 
 
@@ -233,6 +238,7 @@ BUGS = (
     Planted(old_worker_is_not_told, ("R8",), 700),
     Planted(worker_is_not_told_of_the_end, ("R8",), 100),
     Planted(one_loss_is_two_dispatches, ("R9",), 700),
+    Planted(losses_blame_who_never_arrived, ("R11",), 50, losing_two_decoders),
     Planted(work_is_counted_for_ever, ("R1",), 100),
     Planted(waiting_requests_are_forgotten, ("R7",), 100),
     Planted(free_workers_are_not_noticed, ("L1", "R1"), 300),

@@ -179,7 +179,12 @@ def losing_decoders(setting: Setting) -> Setting:
     )
     longest = max(len(order.prompt_ids) for order in orders) + LOST_ANSWER
     workers = tuple(
-        replace(worker, num_blocks=8 * -(-longest // worker.block_tokens), numerics=setting.workers[0].numerics)
+        replace(
+            worker,
+            num_blocks=8 * -(-longest // worker.block_tokens),
+            numerics=setting.workers[0].numerics,
+            confirms=True,
+        )
         for worker in setting.workers
     )
     decoders = [worker for worker in workers if worker.role is not Role.PREFILL]
@@ -197,6 +202,17 @@ def losing_decoders(setting: Setting) -> Setting:
         mishaps=mishaps,
         fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S),
     )
+
+
+def losing_two_decoders(setting: Setting) -> Setting:
+    """As `losing_decoders`, on three decode workers at least, of which two are killed in one instant."""
+    setting = losing_decoders(setting)
+    decoders = [worker for worker in setting.workers if worker.role is not Role.PREFILL]
+    more = [replace(decoders[0], worker_id=f"more{place}") for place in range(3 - len(decoders))]
+    victims = [worker.worker_id for worker in (*decoders, *more)][:2]
+    at_s = setting.mishaps[0].at_s
+    mishaps = tuple(Mishap(at_s, "crash", who, who, 0.5) for who in victims)
+    return replace(setting, workers=(*setting.workers, *more), mishaps=mishaps)
 
 
 def departing_decoders(setting: Setting) -> Setting:

@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..core.errors import Cancelled, TwostrokeError
+from ..core.errors import Cancelled, PoisonRequest, TwostrokeError
 from ..core.request import Epoch, Request, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..kv.block import BlockIdentity
 from ..kv.keys import PromptHasher
+from ..kv.messages import epoch_from_wire
 from ..protos import worker_pb2
 from ..router.requests.admission.bounds import AdmissionLimits
 from ..router.requests.explain import explain_run
@@ -51,6 +52,7 @@ class RouterNode:
         self.incarnation = 16 * process.life + setting.routers.index(process.name)  # unique per router and life
         self.journal = RequestHistory()
         self._num_streams = 0
+        self._confirmed: set[tuple[WorkerKey, str, Epoch]] = set()  # orders of which workers said that they take them
         self._sent_again: WeakKeyDictionary[RequestState, int] = WeakKeyDictionary()  # dispatches when last sent again
         self.roster = Roster(Fleet(setting.fleet), PrefixMap(max_entries=200), self)
         self.links: dict[WorkerKey, Link] = {}
@@ -125,6 +127,8 @@ class RouterNode:
         now_s = self.world.now_s()
         self.roster.beat(key, message.beat if message.HasField("beat") else None, now_s)
         if message.HasField("step"):
+            for taken in message.step.taken:
+                self._confirmed.add((key, taken.request_id, epoch_from_wire(taken.epoch)))
             self.life.take_step(key, message.step, now_s)
 
     def _tick(self) -> None:
@@ -227,6 +231,15 @@ class RouterNode:
         """Implements `Observer.settled`."""
         if run.error is not None:
             self.world.note(self.process, f"{run.name} fails: {run.error.code}: {run.error.message}")
+        if isinstance(run.error, PoisonRequest):
+            self._check_blame(run)
+
+    def _check_blame(self, run: RequestState) -> None:
+        """Check R11: its last worker had said that it has the request, unless it was the third one that was lost."""
+        last, lost = run.dispatches[-1], () if run.suspicion is None else run.suspicion.workers
+        confirms = next(w.confirms for w in self.setting.workers if w.worker_id == last.decode.worker_id)
+        if confirms and (last.decode, run.name, last.epoch) not in self._confirmed and len(lost) < 2:
+            raise Violation("R11", f"{run.name} is blamed for {last.decode}, which never had it")
 
     # ------------------------------------------------------------------ what must hold
 

@@ -19,6 +19,7 @@ from .workers.store import LETTERS, VOCABULARY
 
 ACCEPTABLE_TIMEOUT_S = 20.0
 DOMAINS = ("acme", "umbrella")
+KILLER = "killer"  # id of the request that kills workers; no other request has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class WorkerSetting:
     num_swap_blocks: int = 0  # host blocks for preempted sequences
     check_s: float = 0.0  # duration of verifying digests off the loop; 0: on the loop, at once
     num_rings: int = 0  # most rings of shared memory for hand-overs to it
+    confirms: bool = True  # it says that it takes the order of a suspect; False: it is of an older release
 
     @property
     def most_taken(self) -> float:
@@ -72,6 +74,7 @@ class Order:
     cancel_after_s: float | None
     attempts: int  # most sendings under one id; a failed or cancelled request is sent again
     router: str = "router"
+    kills: bool = False  # every worker that computes a step of it crashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,11 @@ class Setting:
     leave_s: float = 1.0  # grace of a worker's drain
     journal: JournalLimits | None = None  # of every worker; None: streams have no buddies
     nonsense: float = 0.0  # probability that a buddy's answer makes no sense
+
+    @property
+    def loses_nobody(self) -> bool:
+        """True if no fault can cost a worker, a stream or a message."""
+        return self.is_bearable and not self.mishaps and not any(order.kills for order in self.orders)
 
 
 Vary = Callable[[Setting], Setting]
@@ -176,7 +184,10 @@ def draw(seed: int) -> Setting:
     setting = _with_others(random.Random(f"others {seed}"), setting)
     setting = _with_a_departure(random.Random(f"departure {seed}"), setting)
     setting = _with_a_journal(random.Random(f"journal {seed}"), setting)
-    return _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
+    setting = _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
+    setting = _with_older_releases(random.Random(f"older {seed}"), setting)
+    setting = _with_two_losses(random.Random(f"two losses {seed}"), setting)
+    return _with_a_killer(random.Random(f"killer {seed}"), setting)
 
 
 def _with_a_loss(rng: random.Random, setting: Setting) -> Setting:
@@ -189,6 +200,35 @@ def _with_a_loss(rng: random.Random, setting: Setting) -> Setting:
     at_s = min(order.at_s for order in setting.orders) + rng.random() * rng.choice((0.1, 0.5, 1.0))
     mishap = Mishap(at_s, kind, who, rng.choice(setting.routers), rng.choice((0.3, 1.0, 2.5)))
     return replace(setting, mishaps=(mishap,), fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S))
+
+
+def _with_older_releases(rng: random.Random, setting: Setting) -> Setting:
+    """In some schedules with faults that requests may end by, some workers do not confirm orders."""
+    if setting.is_bearable or rng.random() < 0.7:
+        return setting
+    workers = tuple(replace(worker, confirms=rng.random() < 0.5) for worker in setting.workers)
+    return replace(setting, workers=workers)
+
+
+def _with_two_losses(rng: random.Random, setting: Setting) -> Setting:
+    """In half of the bearable schedules without another loss two workers are killed in one instant, and come back."""
+    if not setting.is_bearable or setting.mishaps or rng.random() < 0.5:
+        return setting
+    at_s = min(order.at_s for order in setting.orders) + rng.random() * rng.choice((0.1, 0.5, 1.0))
+    victims = rng.sample([worker.worker_id for worker in setting.workers], 2)
+    mishaps = tuple(Mishap(at_s, "crash", who, who, rng.choice((0.3, 1.0))) for who in victims)
+    return replace(setting, mishaps=mishaps, fleet=replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S))
+
+
+def _with_a_killer(rng: random.Random, setting: Setting) -> Setting:
+    """In half of the bearable schedules without a loss a request kills each worker that computes a step of it."""
+    if not setting.is_bearable or setting.mishaps or rng.random() < 0.5:
+        return setting
+    place = rng.randrange(len(setting.orders))
+    orders = [replace(order, kills=index == place) for index, order in enumerate(setting.orders)]
+    orders[place] = replace(orders[place], request_id=KILLER, attempts=1)
+    fleet = replace(setting.fleet, return_s=ACCEPTABLE_TIMEOUT_S)
+    return replace(setting, orders=tuple(orders), fleet=fleet)
 
 
 def _with_a_departure(rng: random.Random, setting: Setting) -> Setting:

@@ -70,7 +70,7 @@ from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "blocks.keep.1", "session.1")
+CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "blocks.keep.1", "orders.confirm.1", "session.1")
 READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back

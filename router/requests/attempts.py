@@ -11,6 +11,9 @@ from ...core.timeline import Timeline
 from ..routing.candidates import RoutingDecision
 from ..routing.facts import WorkerKey
 
+CONFIRMS = "orders.confirm.1"
+"""Capability of workers that say `OrderTaken`; those of an older release do not."""
+
 
 class Left(NamedTuple):
     """Why and when a request left a worker before it was over."""
@@ -27,6 +30,8 @@ class Dispatch:
     choice: RoutingDecision
     at_s: float
     resumed: tuple[int, ...] = ()  # tokens of each choice that the client had already; empty: none of any
+    is_taken: bool = False  # its worker has confirmed the order of a choice
+    prefill: WorkerKey | None = None  # that its worker last said computes a prompt next
     first_token_s: float | None = None
     left: Left | None = None  # None: it is the last one
     timeline: Timeline = field(default_factory=Timeline)  # instants of its worker, if the worker told them
@@ -36,6 +41,11 @@ class Dispatch:
     def decode(self) -> WorkerKey:
         """The decode worker, which sends the tokens."""
         return self.choice.winner.decode.key
+
+    @property
+    def confirms(self) -> bool:
+        """True if its worker confirms orders when it is asked to."""
+        return CONFIRMS in self.choice.winner.decode.capabilities
 
     @property
     def is_resumed(self) -> bool:

@@ -15,7 +15,7 @@ from ..routing.views import views_of
 from .roster import Roster
 from .state import RequestState
 from .surroundings import Driver, LifeLimits
-from .suspects import taken_by_suspects
+from .suspects import rests_until_s, taken_by_suspects
 
 
 class Chooser:
@@ -30,6 +30,8 @@ class Chooser:
 
     def choose(self, run: RequestState, now_s: float) -> RoutingDecision | None:
         """The workers with the lowest cost for a request; None: nobody can take it now."""
+        if rests_until_s(run) > now_s:
+            return None
         request, prefixes = run.request, self._roster.prefixes
         workers = [w for w in _serving(self._roster, request) if not run.excludes(w.facts.key, now_s)]
         if not run.dispatches:  # else a client waits in the middle of its answer, or was promised one
@@ -97,19 +99,22 @@ class Chooser:
         model, limits, fleet = run.request.worker_model, self._limits, self._roster.fleet
         if taken_by_suspects(run, self._active.values()):
             return now_s + max(0.0, run.left_s(now_s))
+        since_s = max(run.waits_since_s, rests_until_s(run))
         end_s = now_s
         if fleet.may_serve_soon(model, run.request.adapter):
             patience_s = limits.worker_patience_s
             if run.has_output or fleet.may_be_lost(model, run.request.adapter):
                 patience_s = max(patience_s, limits.worker_return_s)
-            end_s = run.waits_since_s + patience_s
+            end_s = since_s + patience_s
         returns_until_s = fleet.lost.until_s(model)
         if returns_until_s is not None:
-            end_s = max(end_s, min(returns_until_s, run.waits_since_s + limits.worker_return_s))
+            end_s = max(end_s, min(returns_until_s, since_s + limits.worker_return_s))
         return end_s
 
     def next_look_s(self, run: RequestState, now_s: float) -> float | None:
         """When a waiting request looks for a worker again if nothing changes before; None: it gives up now."""
+        if rests_until_s(run) > now_s:
+            return rests_until_s(run)
         end_s = self.end_of_wait_s(run, now_s)
         if now_s >= end_s:
             return None

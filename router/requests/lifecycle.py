@@ -166,6 +166,10 @@ class Lifecycle:
 
     def take_step(self, key: WorkerKey, output: worker_pb2.StepOutput, now_s: float) -> None:
         """Take the output of one worker's step for all our requests."""
+        for taken in output.taken:
+            run = self._run_from(key, taken.request_id)
+            if run is not None and not run.order_taken(taken):
+                self._observer.dropped(run.name, DeliveryVerdict.STALE_EPOCH.value)
         for tokens in output.tokens:
             run = self._run_from(key, tokens.request_id)
             if run is not None:
@@ -176,14 +180,14 @@ class Lifecycle:
                 self._take_end(run, end, now_s)
 
     def lost(self, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False) -> None:
-        """A worker is lost: its requests go on elsewhere, but for one that it was lost by, as its last one was.
+        """A worker is lost: its requests go on elsewhere, but for one that it was lost by, as an earlier one was.
 
         `has_left`: it had said before that it leaves, so no request is to blame.
         """
-        guilty = None if has_left else blame(key, self.runs.active.values())
+        guilty = None if has_left else blame(key, self.runs.active.values(), now_s)
         if guilty is not None and guilty.suspicion is not None:
             names = ", ".join(one.worker_id for one in (*guilty.suspicion.workers, key))
-            poison = f"the workers {names} were lost while they computed this request; it is not given to another one"
+            poison = f"the workers {names} were lost with this request; it is not given to another one"
             self.fail(guilty, PoisonRequest(poison), now_s)
         for run in self.runs.on(key):
             error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)

@@ -38,6 +38,7 @@ class Orders:
             order = submit_to_wire(
                 key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids, sources=sources
             )
+            order.confirm = run.suspicion is not None
             if choice.buddy is not None:
                 order.buddy.CopyFrom(peer_to_wire(choice.buddy))
             if not self._driver.send(dispatch.decode, order):

@@ -183,6 +183,17 @@ class RequestState:
 
     # ------------------------------------------------------------------ from the worker
 
+    def order_taken(self, taken: worker_pb2.OrderTaken) -> bool:
+        """Somebody is about to work on it. False: on an older dispatch of it."""
+        living = self.living
+        if living is None or living.epoch != epoch_from_wire(taken.epoch):
+            return False
+        if taken.HasField("peer"):
+            living.prefill = WorkerKey(taken.peer.worker_id, taken.peer.incarnation)
+        else:
+            living.is_taken = True
+        return True
+
     def take_tokens(self, output: worker_pb2.TokenOutput, now_s: float) -> DeliveryVerdict:
         """Add tokens to the stream if they are the next ones of the current epoch."""
         epoch = epoch_from_wire(output.epoch)

@@ -276,6 +276,8 @@ class Router:
                 run.stage.value,
                 tuple((c.epoch, c.next_index, c.finish) for c in run.delivery._choices),
                 None if run.living is None else (run.living.decode.worker_id, run.living.epoch.counter),
+                None if run.living is None else run.living.prefill,
+                run.suspicion,
                 len(run.dispatches),
                 tuple(sorted((worker, left.error.code) for worker, left in run._failed_by.items())),
                 run.error.code if run.error else None,

@@ -488,7 +488,7 @@ def _name_of(request: int) -> str:
 def _renamed(output: bytes, request_id: str, epoch: int) -> bytes:
     """A task's output under its own request and epoch, without reports that decide nothing."""
     step = worker_pb2.StepOutput.FromString(output)
-    parts: list[Any] = [*step.tokens, *step.ends]
+    parts: list[Any] = [*step.taken, *step.tokens, *step.ends]
     for part in parts:
         part.request_id = _name_of(int(request_id[1:]))
         part.epoch.incarnation, part.epoch.counter = 1, epoch

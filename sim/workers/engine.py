@@ -91,6 +91,7 @@ class Engine:
         draft = None if drafts is None else drafts.draft
         self._turns = Turn(self.core, self.store, self._emit, self._refused, draft)
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
+        self.dies_of: Callable[[StepPlan], bool] = lambda _: False  # True: the process is dead now
         self._world = world
         self._process = process
         self._ledger = ledger
@@ -190,6 +191,8 @@ class Engine:
     def _finish_step(self) -> None:
         plan, self._plan = self._plan, None
         assert plan is not None
+        if self.dies_of(plan):
+            return
         self.num_turns += 1
         now_s = self._world.now_s()
         if self._world.chance(self._step_failure):

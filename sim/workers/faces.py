@@ -49,6 +49,9 @@ class SessionFace:
             self._node.service.open(self.session)
             self._send(welcome=self._node.info())
         elif self._sequence:
+            first = self.session.before(message)
+            if first is not None and self._node.worker.confirms:
+                self._send(step=first)
             self.session.take(message)
             if message.HasField("submit") and self._node.world.chance(self._node.setting.echo):
                 self._hear_of_older(message.submit)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ...core.request import Epoch
 from ...kv.handover.carrier import Check, Hear
@@ -52,6 +53,7 @@ class SimHost:
         self.name = name
         # Called with each frame sent; returns the memory of its planes if they are beside the stream.
         self.sends: Callable[[SendFrame, bytes], memoryview | None] = lambda frame, envelope: None
+        self.heard: Callable[[], None] = lambda: None  # called after each message, and after the end
         self._place = place
         self._end = end
         self._closed = closed
@@ -67,7 +69,12 @@ class SimHost:
 
     def listen(self, hear: Hear) -> None:
         """Implements `StreamHost.listen`."""
-        self._end.on_message, self._end.on_end = hear, lambda: hear(None)
+
+        def take(message: Any) -> None:
+            hear(message)
+            self.heard()
+
+        self._end.on_message, self._end.on_end = take, lambda: take(None)
 
     def send(self, envelope: bytes) -> None:
         """Implements `StreamHost.send`; first passes a frame to `sends`."""

@@ -22,6 +22,7 @@ from ...kv.handover.transports.grpc import Channels
 from ...prefill_worker.service import PrefillService
 from ...prefill_worker.task import PrefillTask, PrefillTaskTools
 from ...protos import common_pb2, handover_pb2, worker_pb2
+from ...router.requests.attempts import CONFIRMS
 from ...router.routing import facts as router_facts
 from ...router.routing.buddies import KEEPS
 from ...router.routing.facts import WorkerKey
@@ -91,7 +92,7 @@ class WorkerNode:
         self.watches: list[WatchFace] = []
         self.jobs: dict[PrefillTask, SimHost] = {}
         self.find: Callable[[str], WorkerNode | None] = lambda _: None  # by worker id: its current life
-        self._place = Place(world, process, setting.is_bearable and not setting.mishaps, worker.check_s, setting.stray)
+        self._place = Place(world, process, setting.loses_nobody, worker.check_s, setting.stray)
         self._orphans: dict[SequenceKey, float] = {}  # sequences that nobody waits for: since when
         self._has_handed_back = False
         self.routers: Callable[[], Iterable[RouterNode]] = tuple  # those that live
@@ -134,7 +135,7 @@ class WorkerNode:
             block_tokens=worker.block_tokens,
             max_num_seqs=worker.limits.max_num_seqs,
             max_batch_tokens=worker.limits.max_batch_tokens,
-            capabilities=() if self.setting.journal is None else (KEEPS,),
+            capabilities=(CONFIRMS,) * worker.confirms + (KEEPS,) * (self.setting.journal is not None),
         )
 
     # ------------------------------------------------------------------ hand-overs
@@ -154,7 +155,9 @@ class WorkerNode:
         peer, (near, far) = self.peer_at(address), self.connect(address, f"{key.request_id}>{address}")
         if peer.process.is_alive:
             far.on_message = lambda envelope: peer.accept_handover(far, envelope)
-        return SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
+        host = SimHost(self._place, near, f"{key.request_id}#{key.choice} receiver")
+        host.heard = self.flush
+        return host
 
     def connect_source(self, key: SequenceKey, address: str) -> SimFetchHost:
         """Open a stream of cached blocks from another worker."""

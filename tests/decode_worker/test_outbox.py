@@ -160,3 +160,12 @@ def test_a_part_stops_growing_at_half_a_message():
         outbox.add_tokens(KEY, EPOCH, place, (place,), "x")
     sizes = [len(tokens.token_ids) for message in taken(outbox) for tokens in message.tokens]
     assert sizes == [42] * 7 + [6]
+
+
+def test_who_takes_an_order_is_said_once_and_counts_as_an_end_does():
+    outbox = Outbox(max_ends=2)
+    outbox.add_taken(worker_pb2.OrderTaken(request_id="r"))
+    outbox.add_end(worker_pb2.RequestEnd(request_id="other"))
+    assert outbox.is_full
+    assert [taken.request_id for taken in outbox.take().taken] == ["r"]
+    assert (outbox.is_full, outbox.take()) == (False, None)

@@ -22,6 +22,7 @@ class Stream:
         self._messages = list(messages)
         self.reads = asyncio.Event()
         self.written: list[worker_pb2.SessionDown] = []
+        self._is_writing = False
 
     async def read(self) -> worker_pb2.SessionUp:
         if not self._messages:
@@ -29,9 +30,14 @@ class Stream:
         return self._messages.pop(0)
 
     async def write(self, message: worker_pb2.SessionDown) -> None:
-        if not message.HasField("welcome"):
-            await self.reads.wait()
-        self.written.append(message)
+        assert not self._is_writing, "gRPC takes one message at a time"
+        self._is_writing = True
+        try:
+            if not message.HasField("welcome"):
+                await self.reads.wait()
+            self.written.append(message)
+        finally:
+            self._is_writing = False
 
 
 class Refuser:
@@ -71,3 +77,38 @@ async def test_a_router_that_reads_nothing_for_too_long_is_lost() -> None:
     context: Any = Stream(HELLO, order)
     async with asyncio.timeout(30):
         await session.run(context, common_pb2.WorkerInfo())
+
+
+async def test_an_order_of_a_suspect_is_given_to_nobody_before_its_confirmation_has_left() -> None:
+    order = worker_pb2.Submit(request_id="suspect", choice=1, epoch=worker_pb2.Epoch(incarnation=3, counter=7))
+    orders = [worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="other")), worker_pb2.SessionUp(submit=order)]
+    orders[1].submit.confirm = True
+    stream, owner = Stream(HELLO, *orders), Refuser()
+    session = RouterSession(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
+    context: Any = stream
+    running = asyncio.create_task(session.run(context, common_pb2.WorkerInfo()))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert owner.num_orders == 1
+    stream.reads.set()
+    async with asyncio.timeout(30):
+        while owner.num_orders < 2 or len(stream.written) < 4:
+            await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    said = [message.step for message in stream.written[1:]]
+    assert [[taken.request_id for taken in step.taken] for step in said if step.taken] == [["suspect"]]
+    assert [[end.request_id for end in step.ends] for step in said if step.ends] == [["other"], ["suspect"]]
+    (taken,) = [step.taken[0] for step in said if step.taken]
+    assert (taken.choice, taken.epoch, taken.HasField("peer")) == (1, order.epoch, False)
+    assert [message.sequence for message in stream.written] == [1, 2, 3, 4]
+
+
+async def test_the_session_of_a_router_that_does_not_read_a_confirmation_is_over() -> None:
+    order = worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="one", confirm=True))
+    owner = Refuser()
+    session = RouterSession(owner, replace(PATIENT, stall_s=0.02), lambda: None)  # type: ignore[arg-type]
+    context: Any = Stream(HELLO, order)
+    async with asyncio.timeout(30):
+        await session.run(context, common_pb2.WorkerInfo())
+    assert owner.num_orders == 0

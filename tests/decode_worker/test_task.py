@@ -95,7 +95,7 @@ class Text:
 
 
 class Bench:
-    def __init__(self, num_peers: int = 2, held_tokens: int = 0) -> None:
+    def __init__(self, num_peers: int = 2, held_tokens: int = 0, *, confirm: bool = False) -> None:
         self.commands: list[Any] = []
         self.peers: list[Peerage] = []
         self.clock, self.outbox = Clock(), Outbox()
@@ -107,7 +107,7 @@ class Bench:
         params = SamplingParams(max_tokens=9)
         scope = CacheScope("t", b"")
         prompt = RecentPrompts(self.facts.namer).name(KEY.request_id, tuple(range(TOKENS)), scope)
-        order = Order(KEY, EPOCH, prompt, params, scope, peers, 60.0, 0, 0, 1)
+        order = Order(KEY, EPOCH, prompt, params, scope, peers, 60.0, 0, 0, 1, confirm=confirm)
         self.run = DecodeTask(order, Text(), self.outbox, self, lambda _: None)  # type: ignore[arg-type]
         self.run.start()
         self.run.handle(link.Promised(order.engine_key, held_tokens))
@@ -236,3 +236,31 @@ def test_a_later_peer_gets_the_time_that_is_left() -> None:
     it.peers[0].hear(None)
     it.peers[1].says(pb.Started())
     assert [round(peer.timeout_ms / 1000) for peer in it.peers] == [60, 40]
+
+
+def named(it: Bench) -> list[tuple[str, int]]:
+    """Peers of which the router is told that they compute the prompt next."""
+    output = it.outbox.take()
+    if output is None:
+        return []
+    assert all((taken.request_id, taken.choice, taken.epoch.counter) == ("r", 0, 5) for taken in output.taken)
+    return [(taken.peer.worker_id, taken.peer.incarnation) for taken in output.taken]
+
+
+def test_the_router_of_a_suspect_hears_who_computes_its_prompt_before_that_one_may_begin() -> None:
+    it = Bench(confirm=True)
+    assert named(it) == [], "the first peer has it, and may have it in its queue"
+    it.peers[0].says(pb.Started())
+    assert (named(it), it.peers[0].said) == ([("p0", 1)], ["open"])
+    it.run.handle(link.Bound(it.key))
+    assert it.peers[0].said == ["open", "bind"]
+
+
+def test_of_another_request_the_router_hears_of_later_peers_only() -> None:
+    it = Bench()
+    it.peers[0].says(pb.Started())
+    assert named(it) == []
+    it.peers[0].hear(None)
+    assert named(it) == []
+    it.peers[1].says(pb.Started())
+    assert named(it) == [("p1", 1)]

@@ -42,6 +42,7 @@ _SESSION = (
 _PURE = (
     "tests/router/requests/test_lifecycle.py",
     "tests/router/requests/test_resume.py",
+    "tests/router/requests/test_suspects.py",
     "tests/router/requests/test_full_workers.py",
     "tests/router/requests/test_lost_workers.py",
     "tests/router/routing/test_scenarios.py",

@@ -34,9 +34,15 @@ class FakeTimer:
 class Router:
     """A lifecycle whose surroundings are lists."""
 
-    def __init__(self, *names: str, return_s: float = 0.0, **limits: object) -> None:
-        """`return_s`: how long a lost decode worker may stay away while requests wait for it."""
+    def __init__(
+        self, *names: str, return_s: float = 0.0, capabilities: tuple[str, ...] = (), **limits: object
+    ) -> None:
+        """`return_s`: how long a lost decode worker may stay away while requests wait for it.
+
+        `capabilities`: of every worker.
+        """
         self.now_s = 0.0
+        self.capabilities = capabilities
         self.sent: list[tuple[str, str]] = []  # worker, what
         self.timeouts_ms: list[int] = []  # of the orders that were sent
         self.orders: list[worker_pb2.Submit] = []
@@ -54,7 +60,9 @@ class Router:
     # ---------------------------------------------------------------- workers
 
     def join(self, name: str, incarnation: int = 1, role: Role = Role.COMBINED) -> WorkerKey:
-        facts = WorkerFacts(name, incarnation, role, f"{name}:1", MODEL, 1000, 16, 16, 2048)
+        facts = WorkerFacts(
+            name, incarnation, role, f"{name}:1", MODEL, 1000, 16, 16, 2048, capabilities=self.capabilities
+        )
         self.roster.announced(facts, self.now_s)
         self.roster.session_up(facts.key, facts, self.now_s)
         self.up.add(facts.key)
@@ -153,6 +161,16 @@ class Router:
         output.first_index = run.delivery.tokens_of(choice)
         output.epoch.incarnation, output.epoch.counter = epoch
         self.life.take_step(run.dispatches[-1].decode, worker_pb2.StepOutput(tokens=[output]), self.now_s)
+
+    def taken(
+        self, run: RequestState, peer: WorkerKey | None = None, choice: int = 0, epoch: Epoch | None = None
+    ) -> None:
+        """The request's worker confirms its order, or that a peer is about to compute its prompt."""
+        taken = worker_pb2.OrderTaken(request_id=run.name, choice=choice)
+        taken.epoch.incarnation, taken.epoch.counter = epoch or run.dispatches[-1].epoch
+        if peer is not None:
+            taken.peer.worker_id, taken.peer.incarnation = peer
+        self.life.take_step(run.dispatches[-1].decode, worker_pb2.StepOutput(taken=[taken]), self.now_s)
 
     def end(
         self,

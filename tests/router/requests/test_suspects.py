@@ -1,0 +1,240 @@
+"""Suspects at workers that confirm orders: who is blamed for a loss, and who is not."""
+
+from support.fakes.list_router import MODEL, Router
+
+from twostroke.core import errors
+from twostroke.core.request import Epoch, Role, SamplingParams
+from twostroke.router.requests.attempts import CONFIRMS
+from twostroke.router.requests.state import RequestState, Stage
+from twostroke.router.requests.suspects import APART_S, PROOF_TOKENS
+from twostroke.router.routing.candidates import PolicyLimits
+from twostroke.router.routing.facts import WorkerFacts, WorkerKey
+from twostroke.worker.process import CAPABILITIES
+
+LONG = SamplingParams(max_tokens=50)
+CONFIRMING = (CONFIRMS,)
+
+
+def kill(router: Router, key: WorkerKey) -> None:
+    """A worker's process is killed; who was on it is sent on."""
+    lose(router, key)
+    router.pass_s(0.0)
+
+
+def lose(router: Router, key: WorkerKey) -> None:
+    """A worker's loss is noticed; nobody is sent on yet."""
+    router.roster.session_down(key, "broke", router.now_s)
+    router.roster.announce_ended(key, router.now_s)
+
+
+def placed(run: RequestState) -> WorkerKey:
+    assert run.living is not None
+    return run.living.decode
+
+
+def lost_once(*names: str, num_requests: int = 1) -> tuple[Router, list[RequestState]]:
+    """A router whose first worker was killed with its requests; the others are idle. The first one is sent on."""
+    router = Router("a", return_s=30.0, capabilities=CONFIRMING)
+    runs = [router.ask(f"r{index}", sampling=LONG, timeout_s=60.0) for index in range(num_requests)]
+    for run in runs:
+        router.tokens(run, 3)
+    for name in names:
+        router.join(name)
+    kill(router, WorkerKey("a", 1))
+    return router, runs
+
+
+def test_only_orders_of_suspects_ask_to_be_confirmed() -> None:
+    router, (run,) = lost_once("b")
+    router.tokens(run, PROOF_TOKENS)
+    router.join("c")
+    router.roster.leaving(WorkerKey("b", 1))
+    router.end(run, code="unavailable")
+    router.pass_s(0.0)
+    assert [order.confirm for order in router.orders] == [False, True, False]
+
+
+def test_a_suspect_that_was_confirmed_is_guilty_of_the_second_loss() -> None:
+    router, (run,) = lost_once("b", "c")
+    router.taken(run)
+    kill(router, placed(run))
+    assert isinstance(run.error, errors.PoisonRequest)
+    assert len(run.dispatches) == 2
+
+
+def test_two_workers_killed_in_one_instant_end_nobody() -> None:
+    router, (run,) = lost_once("b")
+    kill(router, placed(run))  # it was dead as the order was sent
+    assert (run.error, run.stage) == (None, Stage.ROUTING)
+    router.join("c")
+    router.pass_s(APART_S)
+    assert placed(run).worker_id == "c"
+    router.taken(run)
+    router.tokens(run, PROOF_TOKENS)
+    assert run.suspicion is None
+
+
+def test_however_many_workers_are_killed_in_one_instant_one_of_them_counts() -> None:
+    router, (run,) = lost_once("b", "c", "d", "e")
+    for _ in range(4):
+        if run.living is not None:
+            kill(router, placed(run))
+    assert len(run.dispatches) == 2, "it rests, and the others are noticed meanwhile"
+    for worker in list(router.roster.fleet):
+        lose(router, worker.facts.key)
+    router.join("f")
+    router.pass_s(APART_S - 0.01)
+    assert run.stage is Stage.ROUTING
+    router.pass_s(0.01)
+    assert placed(run).worker_id == "f"
+
+
+def test_a_request_that_is_never_confirmed_takes_three_workers() -> None:
+    router, (run,) = lost_once("b", "c", "d")
+    kill(router, placed(run))
+    router.pass_s(APART_S)
+    kill(router, placed(run))
+    assert isinstance(run.error, errors.PoisonRequest)
+    assert len(run.dispatches) == 3
+    names = ", ".join(dispatch.decode.worker_id for dispatch in run.dispatches)
+    assert f"the workers {names} were lost" in run.error.message
+
+
+def test_a_confirmation_after_an_unconfirmed_loss_is_as_good_as_any() -> None:
+    router, (run,) = lost_once("b", "c")
+    kill(router, placed(run))
+    router.pass_s(APART_S)
+    router.taken(run)
+    kill(router, placed(run))
+    assert isinstance(run.error, errors.PoisonRequest)
+
+
+def test_a_confirmation_of_an_older_dispatch_counts_for_nothing() -> None:
+    router, (run,) = lost_once("b")
+    router.taken(run, epoch=run.dispatches[0].epoch)
+    assert router.drops == ["stale_epoch"]
+    kill(router, placed(run))
+    assert run.error is None
+    router.taken(run, epoch=Epoch(7, 99))  # it is on no worker now
+    assert run.dispatches[-1].is_taken is False
+
+
+def test_one_choice_of_several_that_is_confirmed_is_enough() -> None:
+    router = Router("a", "b", capabilities=CONFIRMING)
+    run = router.ask(num_choices=3, sampling=LONG)
+    kill(router, placed(run))
+    router.taken(run, choice=2)
+    kill(router, placed(run))
+    assert isinstance(run.error, errors.PoisonRequest)
+
+
+def test_beside_a_suspect_that_was_not_confirmed_anybody_may_have_done_it() -> None:
+    router, (run,) = lost_once("b")
+    other = router.ask("other", sampling=LONG, timeout_s=60.0)
+    assert placed(run) == placed(other)
+    kill(router, placed(run))
+    assert other.suspicion is not None
+    assert other.stage is run.stage is Stage.ROUTING
+    router.join("c")
+    router.pass_s(0.0)
+    assert (placed(other).worker_id, run.stage) == ("c", Stage.ROUTING), "the one that rests holds up nobody"
+    router.taken(other)
+    router.tokens(other, PROOF_TOKENS)
+    router.pass_s(APART_S)
+    assert placed(run).worker_id == "c"
+
+
+def test_beside_a_suspect_that_was_confirmed_nobody_else_is_blamed() -> None:
+    router, (run,) = lost_once("b")
+    other = router.ask("other", sampling=LONG, timeout_s=60.0)
+    router.taken(run)
+    kill(router, placed(run))
+    assert isinstance(run.error, errors.PoisonRequest)
+    assert (other.error, other.suspicion) == (None, None)
+
+
+def test_the_patience_of_one_that_rests_begins_when_it_has_rested() -> None:
+    router = Router("a", "b", worker_patience_s=0.5, capabilities=CONFIRMING)
+    run = router.ask(sampling=LONG)
+    for _ in range(2):
+        kill(router, placed(run))
+    router.roster.announced(WorkerFacts("c", 1, Role.COMBINED, "c:1", MODEL, 1000, 16, 16, 2048), router.now_s)
+    router.pass_s(APART_S + 0.4)
+    assert run.error is None, "a worker is joining"
+    router.pass_s(0.2)
+    assert isinstance(run.error, errors.WorkerLost)
+
+
+def test_a_worker_of_an_older_release_counts_as_one_that_confirmed() -> None:
+    router = Router("a", "b", return_s=30.0)
+    run = router.ask(sampling=LONG)
+    kill(router, placed(run))
+    kill(router, placed(run))
+    assert isinstance(run.error, errors.PoisonRequest)
+
+
+# ------------------------------------------------------------------ prompts that another worker computes
+
+
+def with_peers(*peers: str) -> tuple[Router, RequestState, list[WorkerKey]]:
+    """A request at a decode worker, and the prefill workers of its order, best first."""
+    router = Router(policy=PolicyLimits(local_prefill=False), return_s=30.0, capabilities=CONFIRMING)
+    router.join("d", role=Role.DECODE)
+    for name in peers:
+        router.join(name, role=Role.PREFILL)
+    run = router.ask(sampling=LONG, timeout_s=60.0)
+    assert run.living is not None
+    return router, run, [peer.key for peer in run.living.choice.prefill_peers]
+
+
+def test_a_prompt_that_kills_each_prefill_worker_that_begins_with_it_takes_two() -> None:
+    router, run, peers = with_peers("p", "q")
+    kill(router, peers[0])
+    router.taken(run, peers[1])
+    kill(router, peers[1])
+    assert isinstance(run.error, errors.PoisonRequest)
+
+
+def test_prefill_workers_killed_in_one_instant_end_nobody() -> None:
+    router, run, peers = with_peers("p", "q", "s", "t")
+    assert len(peers) == 4
+    for peer in peers:
+        kill(router, peer)
+    assert run.error is None
+    assert run.stage is Stage.DISPATCHED, "its decode worker computes the prompt"
+
+
+def test_a_prompt_whose_prefill_workers_are_lost_one_by_one_takes_three() -> None:
+    router, run, peers = with_peers("p", "q", "s", "t")
+    for peer in peers[:2]:
+        kill(router, peer)
+        assert run.error is None
+        router.pass_s(APART_S)
+    kill(router, peers[2])
+    assert isinstance(run.error, errors.PoisonRequest)
+
+
+def test_a_decode_worker_and_its_prefill_worker_killed_in_one_instant_end_nobody() -> None:
+    router, run, peers = with_peers("p")
+    kill(router, peers[0])
+    kill(router, placed(run))
+    assert run.error is None
+    router.join("e", role=Role.DECODE)
+    router.join("q", role=Role.PREFILL)
+    router.pass_s(APART_S)
+    assert placed(run).worker_id == "e"
+    assert router.orders[-1].confirm
+
+
+def test_the_prefill_worker_that_began_is_the_one_that_the_decode_worker_named() -> None:
+    """The best one refused it, so the second one computes it."""
+    router, run, peers = with_peers("p", "q")
+    router.taken(run, peers[1])
+    kill(router, peers[0])
+    assert run.suspicion is None
+    kill(router, peers[1])
+    assert run.suspicion is not None
+
+
+def test_workers_of_this_release_confirm() -> None:
+    assert CONFIRMS in CAPABILITIES
