@@ -39,7 +39,7 @@ class Order:
     serial: int  # of this worker's orders
     buddy: Peer | None = None  # it keeps a copy of the blocks as they fill
     sources: tuple[BlockSource, ...] = ()  # ranked; asked for blocks before anything is computed
-    confirm: bool = False  # the router is told who works on it, before that one begins
+    confirm: int = 0  # tokens until which it may kill its worker: its router is told who begins with it; 0: none
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

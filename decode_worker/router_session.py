@@ -48,6 +48,10 @@ class SessionOwner(Protocol):
         """Cancel all choices of a request of this session's router."""
         ...
 
+    def has_others_suspect(self, session: RouterSession) -> bool:
+        """True if an order of another router that may kill this worker is computed here."""
+        ...
+
     def attach(self, session: RouterSession, message: worker_pb2.Attach) -> None:
         """Take over a running request."""
         ...
@@ -129,10 +133,10 @@ class RouterSession:
     def before(self, message: worker_pb2.SessionUp) -> worker_pb2.StepOutput | None:
         """What must have been sent before a message of the router is handled; None: nothing.
 
-        An order that may kill this worker is confirmed first: afterwards nobody could.
+        An order that may kill this worker is confirmed first: afterwards nobody could. One that will be refused is not.
         """
         order = message.submit
-        if not order.confirm:  # or no order
+        if not order.confirm or self._owner.has_others_suspect(self):  # or no order
             return None
         return worker_pb2.StepOutput(taken=[taken_message(key_of(order), epoch_from_wire(order.epoch))])
 

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from ..core.errors import InternalError, RequestNotFound, TwostrokeError, Unavailable
+from ..core.errors import InternalError, Overloaded, RequestNotFound, TwostrokeError, Unavailable
 from ..core.lease import ORPHAN_GRACE_S
 from ..core.request import FinishReason, SequenceKey
 from ..engine.link.draining import Draining
@@ -141,6 +141,11 @@ class DecodeService:
         self._ledger.begin(run, session, router, key, epoch)
         self._idle.clear()
 
+    def has_others_suspect(self, session: RouterSession) -> bool:
+        """Implements `SessionOwner.has_others_suspect`. Routers do not know each other's suspects."""
+        router_of = self._ledger.router_of
+        return any(run.is_suspect and router_of(run) != session.router for run in self._ledger.runs)
+
     def cancel(self, session: RouterSession, message: worker_pb2.CancelRequest) -> None:
         """Implements `SessionOwner.cancel`. A cancel with an older epoch does not end a newer run."""
         named = self._ledger.named(session.router, message.request_id, epoch_from_wire(message.epoch))
@@ -184,6 +189,9 @@ class DecodeService:
         """
         if self.is_draining:
             raise Unavailable("the worker is draining", retry_after_s=DRAIN_RETRY_S)
+        if message.confirm and self.has_others_suspect(session):
+            what = "a request of another router that may have killed a worker is computed here"
+            raise Overloaded(what, retry_after_s=DRAIN_RETRY_S)
         try:
             self._num_orders += 1
             order = order_from_wire(message, self._tools.facts.model, self._prompts, self._num_orders)

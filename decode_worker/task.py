@@ -76,10 +76,16 @@ class DecodeTask:
         self._pull_waits = False  # the present pull asked for Bind and has no answer yet
         self._awaited_pair: Peer | None = None  # whose paired channel is required and being made
         self._held_tokens = 0
+        self._num_said = 0  # tokens for the router
         self._last_token_s: float | None = None
         self._gaps_s = array("d")  # between tokens
         self.told = HandoverTotals()
         self.timeline.mark(Instant.RECEIVED, self._received_at_s)
+
+    @property
+    def is_suspect(self) -> bool:
+        """True if it may kill this worker, as far as its router knows."""
+        return self._num_said < self.order.confirm
 
     # ------------------------------------------------------------------ from the session
 
@@ -321,6 +327,7 @@ class DecodeTask:
             return
         if not spoken.token_ids:
             return
+        self._num_said += len(spoken.token_ids)
         if self._tools.journal is not None:
             self._tools.journal.grew(self.order.engine_key, spoken.token_ids, has_kv=self._pull is None)
         self.timeline.mark(Instant.FIRST_TOKEN, now_s)

@@ -322,8 +322,10 @@ class Submit(_message.Message):
     emitted_tokens: _builtins.int
     """of prompt_ids, how many trailing ones were already given to the client (re-dispatch)"""
     priority: _builtins.int
-    confirm: _builtins.bool
-    """say `OrderTaken` before anything is done for it: the request may have killed a worker"""
+    confirm: _builtins.int
+    """Not 0: the request may have killed a worker. Say `OrderTaken` before anything is done for it, and refuse it while one
+    of another router is computed here that has not generated as many tokens yet as this says of it.
+    """
     @_builtins.property
     def epoch(self) -> Global___Epoch: ...
     @_builtins.property
@@ -360,7 +362,7 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         buddy: Global___PrefillPeer | None = ...,
         block_sources: _abc.Iterable[Global___BlockSource] | None = ...,
-        confirm: _builtins.bool = ...,
+        confirm: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["buddy", b"buddy", "epoch", b"epoch", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -30,6 +30,7 @@ class Dispatch:
     choice: RoutingDecision
     at_s: float
     resumed: tuple[int, ...] = ()  # tokens of each choice that the client had already; empty: none of any
+    is_suspect: bool = False  # it was sent as one that may have killed a worker
     is_taken: bool = False  # its worker has confirmed the order of a choice
     prefill: WorkerKey | None = None  # that its worker last said computes a prompt next
     first_token_s: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -94,10 +95,12 @@ class Chooser:
 
         A stream that has begun waits as long for any worker as a new request waits for one that is lost or suspect and
         may come back.
-        A suspect that waits for its turn waits until its deadline: those before it get on, or end, by theirs.
+        A suspect that waits for its turn waits until its deadline: those before it get on, or end, by theirs. They may
+        be another router's: then a worker has refused it.
         """
         model, limits, fleet = run.request.worker_model, self._limits, self._roster.fleet
-        if taken_by_suspects(run, self._active.values()):
+        may_ask_again = run.suspicion is not None and run.next_ask_s(now_s) < math.inf
+        if may_ask_again or taken_by_suspects(run, self._active.values()):
             return now_s + max(0.0, run.left_s(now_s))
         since_s = max(run.waits_since_s, rests_until_s(run))
         end_s = now_s

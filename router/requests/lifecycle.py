@@ -337,7 +337,8 @@ class Lifecycle:
         """
         most = MAX_RESUMED_DISPATCHES if run.has_output else MAX_DISPATCHES
         # The budget is for requests that a client could send again itself; a worker that drains refuses none of them.
-        is_free = is_lost or run.has_output or self._drains(run)
+        # A suspect waits for its turn, also behind those of other routers.
+        is_free = is_lost or run.has_output or run.suspicion is not None or self._drains(run)
         if run.num_tries >= most or not (is_free or self.admission.may_retry()):
             self.fail(run, error, now_s)
             return

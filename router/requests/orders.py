@@ -10,6 +10,7 @@ from ..workers.wire import cancel_to_wire, peer_to_wire, submit_to_wire
 from .attempts import Dispatch
 from .state import RequestState
 from .surroundings import Driver, Observer
+from .suspects import PROOF_TOKENS
 
 
 class Orders:
@@ -38,7 +39,7 @@ class Orders:
             order = submit_to_wire(
                 key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids, sources=sources
             )
-            order.confirm = run.suspicion is not None
+            order.confirm = PROOF_TOKENS if run.suspicion is not None else 0
             if choice.buddy is not None:
                 order.buddy.CopyFrom(peer_to_wire(choice.buddy))
             if not self._driver.send(dispatch.decode, order):

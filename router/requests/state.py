@@ -99,8 +99,9 @@ class RequestState:
 
     @property
     def num_tries(self) -> int:
-        """Number of dispatches, but for those to workers that were full and began nothing."""
-        return sum(1 for dispatch in self.dispatches if dispatch.is_resumed or not dispatch.was_refused)
+        """Number of dispatches, but for those to workers that were full, or had another suspect, and began nothing."""
+        free = [one for one in self.dispatches if one.was_refused and (one.is_suspect or not one.is_resumed)]
+        return len(self.dispatches) - len(free)
 
     def exclude(self, worker: WorkerKey, error: TwostrokeError, now_s: float) -> None:
         """A worker failed it: it is not chosen for it soon, or not at all (see `next_ask_s`)."""
@@ -144,6 +145,7 @@ class RequestState:
         self.stage = Stage.DISPATCHED
         self.dispatches.append(dispatch)
         self.timeline.mark(Instant.ROUTED, dispatch.at_s)
+        dispatch.is_suspect = self.suspicion is not None
         dispatch.resumed = tuple(map(self.delivery.tokens_of, range(self.request.num_choices)))
         return self.delivery.dispatch(dispatch.epoch)
 

@@ -46,12 +46,16 @@ class Refuser:
     def __init__(self) -> None:
         self.num_orders = 0
         self.all_came = asyncio.Event()
+        self.has_suspect = False  # of another router
 
     def submit(self, session: RouterSession, message: worker_pb2.Submit) -> None:
         self.num_orders += 1
         session.outbox.add_end(worker_pb2.RequestEnd(request_id=message.request_id))
         if self.num_orders == NUM_ORDERS:
             self.all_came.set()
+
+    def has_others_suspect(self, session: RouterSession) -> bool:
+        return self.has_suspect
 
 
 async def test_no_more_orders_are_read_from_a_router_that_does_not_read_their_ends() -> None:
@@ -82,7 +86,7 @@ async def test_a_router_that_reads_nothing_for_too_long_is_lost() -> None:
 async def test_an_order_of_a_suspect_is_given_to_nobody_before_its_confirmation_has_left() -> None:
     order = worker_pb2.Submit(request_id="suspect", choice=1, epoch=worker_pb2.Epoch(incarnation=3, counter=7))
     orders = [worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="other")), worker_pb2.SessionUp(submit=order)]
-    orders[1].submit.confirm = True
+    orders[1].submit.confirm = 4
     stream, owner = Stream(HELLO, *orders), Refuser()
     session = RouterSession(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
     context: Any = stream
@@ -105,10 +109,18 @@ async def test_an_order_of_a_suspect_is_given_to_nobody_before_its_confirmation_
 
 
 async def test_the_session_of_a_router_that_does_not_read_a_confirmation_is_over() -> None:
-    order = worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="one", confirm=True))
+    order = worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="one", confirm=4))
     owner = Refuser()
     session = RouterSession(owner, replace(PATIENT, stall_s=0.02), lambda: None)  # type: ignore[arg-type]
     context: Any = Stream(HELLO, order)
     async with asyncio.timeout(30):
         await session.run(context, common_pb2.WorkerInfo())
     assert owner.num_orders == 0
+
+
+def test_an_order_that_will_be_refused_is_not_confirmed() -> None:
+    owner, message = Refuser(), worker_pb2.SessionUp(submit=worker_pb2.Submit(request_id="one", confirm=4))
+    session = RouterSession(owner, PATIENT, lambda: None)  # type: ignore[arg-type]
+    assert session.before(message) is not None
+    owner.has_suspect = True
+    assert session.before(message) is None

@@ -95,7 +95,7 @@ class Text:
 
 
 class Bench:
-    def __init__(self, num_peers: int = 2, held_tokens: int = 0, *, confirm: bool = False) -> None:
+    def __init__(self, num_peers: int = 2, held_tokens: int = 0, *, confirm: int = 0) -> None:
         self.commands: list[Any] = []
         self.peers: list[Peerage] = []
         self.clock, self.outbox = Clock(), Outbox()
@@ -248,7 +248,7 @@ def named(it: Bench) -> list[tuple[str, int]]:
 
 
 def test_the_router_of_a_suspect_hears_who_computes_its_prompt_before_that_one_may_begin() -> None:
-    it = Bench(confirm=True)
+    it = Bench(confirm=4)
     assert named(it) == [], "the first peer has it, and may have it in its queue"
     it.peers[0].says(pb.Started())
     assert (named(it), it.peers[0].said) == ([("p0", 1)], ["open"])
@@ -264,3 +264,13 @@ def test_of_another_request_the_router_hears_of_later_peers_only() -> None:
     assert named(it) == []
     it.peers[1].says(pb.Started())
     assert named(it) == [("p1", 1)]
+
+
+def test_a_suspect_is_one_until_it_has_the_tokens_that_its_order_says() -> None:
+    it = Bench(num_peers=0, confirm=2)
+    assert it.run.is_suspect
+    it.run.handle(link.TokenNews(it.key, 0, (6,)))
+    assert it.run.is_suspect
+    it.run.handle(link.TokenNews(it.key, 1, (6,)))
+    assert not it.run.is_suspect
+    assert not Bench(num_peers=0).run.is_suspect

@@ -314,9 +314,12 @@ _LIVES = [
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
     Mutant("router/requests/suspects.py", "if living.prefill is not None and living.prefill not in lost:", "if False:"),
     Mutant("router/requests/choosing.py", "        if rests_until_s(run) > now_s:\n            return None\n", ""),
+    Mutant("router/requests/state.py", "(one.is_suspect or not one.is_resumed)", "not one.is_resumed"),
+    Mutant("router/requests/lifecycle.py", "run.suspicion is not None or self._drains(run)", "self._drains(run)"),
+    Mutant("router/requests/choosing.py", "if may_ask_again or taken_by", "if taken_by"),
     Mutant("router/requests/choosing.py", "max(run.waits_since_s, rests_until_s(run))", "run.waits_since_s"),
-    Mutant("router/requests/orders.py", "order.confirm = run.suspicion is not None", "order.confirm = False"),
-    Mutant("router/requests/orders.py", " = run.suspicion is not None", " = True"),
+    Mutant("router/requests/orders.py", "order.confirm = PROOF_TOKENS if run", "order.confirm = 0 if run"),
+    Mutant("router/requests/orders.py", " if run.suspicion is not None else 0", ""),
     Mutant(
         "router/requests/state.py", "living is None or living.epoch != epoch_from_wire(taken.epoch)", "living is None"
     ),
@@ -361,7 +364,7 @@ _LIVES = [
         "        if run.has_output or not isinstance(error, Overloaded):\n",
         "        if True:\n",
     ),
-    Mutant("router/requests/state.py", "dispatch.is_resumed or not dispatch.was_refused", "True"),
+    Mutant("router/requests/state.py", "if one.was_refused and (", "if False and ("),
     Mutant("router/requests/roster.py", "            self._wires.lost(change)\n", ""),
     Mutant(
         "router/requests/roster.py",

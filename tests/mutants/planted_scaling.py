@@ -71,7 +71,5 @@ MUTANTS = [
         "        await self._end_of(name)\n        self._members.book.want",
         "        self._members.book.want",
     ),
-    Mutant(
-        "router/requests/lifecycle.py", "is_lost or run.has_output or self._drains(run)", "is_lost or run.has_output"
-    ),
+    Mutant("router/requests/lifecycle.py", " or self._drains(run)", ""),
 ]

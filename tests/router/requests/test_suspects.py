@@ -51,7 +51,7 @@ def test_only_orders_of_suspects_ask_to_be_confirmed() -> None:
     router.roster.leaving(WorkerKey("b", 1))
     router.end(run, code="unavailable")
     router.pass_s(0.0)
-    assert [order.confirm for order in router.orders] == [False, True, False]
+    assert [order.confirm for order in router.orders] == [0, PROOF_TOKENS, 0]
 
 
 def test_a_suspect_that_was_confirmed_is_guilty_of_the_second_loss() -> None:
@@ -223,7 +223,7 @@ def test_a_decode_worker_and_its_prefill_worker_killed_in_one_instant_end_nobody
     router.join("q", role=Role.PREFILL)
     router.pass_s(APART_S)
     assert placed(run).worker_id == "e"
-    assert router.orders[-1].confirm
+    assert router.orders[-1].confirm == PROOF_TOKENS
 
 
 def test_the_prefill_worker_that_began_is_the_one_that_the_decode_worker_named() -> None:
@@ -238,3 +238,29 @@ def test_the_prefill_worker_that_began_is_the_one_that_the_decode_worker_named()
 
 def test_workers_of_this_release_confirm() -> None:
     assert CONFIRMS in CAPABILITIES
+
+
+# ------------------------------------------------------------------ suspects of other routers
+
+
+def test_a_suspect_that_waits_for_another_routers_waits_until_its_deadline_and_spends_no_retries() -> None:
+    router = Router("a", "b", capabilities=CONFIRMING)
+    run = router.ask(sampling=LONG, timeout_s=60.0)
+    kill(router, placed(run))
+    for _ in range(20):
+        router.end(run, code="overloaded")
+        assert (run.error, run.stage) == (None, Stage.ROUTING)
+        router.pass_s(1.0)
+        assert run.stage is Stage.DISPATCHED
+    router.end(run, code="overloaded")
+    router.pass_s(60.0)
+    assert isinstance(run.error, errors.DeadlineExceeded | errors.Overloaded)
+
+
+def test_a_stream_that_waits_for_another_routers_suspect_is_refused_as_often_as_it_takes() -> None:
+    router, (run,) = lost_once("b")
+    for _ in range(20):
+        router.end(run, code="overloaded")
+        router.pass_s(1.0)
+    router.tokens(run, PROOF_TOKENS)
+    assert (run.error, run.suspicion) == (None, None)
