@@ -20,6 +20,7 @@ class Left(NamedTuple):
 
     at_s: float
     error: TwostrokeError
+    drains: bool = False  # the worker leaves on purpose
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +58,16 @@ class Dispatch:
     def was_refused(self) -> bool:
         """True if its worker was full."""
         return self.left is not None and isinstance(self.left.error, Overloaded)
+
+    @property
+    def may_be_refused(self) -> bool:
+        """True if a refusal is no failure: the worker is full, or has another suspect."""
+        return self.is_suspect or not self.is_resumed
+
+    @property
+    def was_drained(self) -> bool:
+        """True if its worker left on purpose."""
+        return self.left is not None and self.left.drains
 
     def begins_with(self, choice: int) -> int:
         """Index of the first token of a choice that this dispatch generates."""

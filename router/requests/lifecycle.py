@@ -191,7 +191,7 @@ class Lifecycle:
             self.fail(guilty, PoisonRequest(poison), now_s)
         for run in self.runs.on(key):
             error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)
-            self._send_again_or_fail(run, error, now_s, is_lost=True)
+            self._send_again_or_fail(run, error, now_s, is_lost=True, has_left=has_left)
 
     def workers_changed(self) -> None:
         """Workers or their load changed: waiting requests are routed again."""
@@ -329,20 +329,21 @@ class Lifecycle:
     # ------------------------------------------------------------------ again, or over
 
     def _send_again_or_fail(
-        self, run: RequestState, error: TwostrokeError, now_s: float, *, is_lost: bool = False
+        self, run: RequestState, error: TwostrokeError, now_s: float, *, is_lost: bool = False, has_left: bool = False
     ) -> None:
         """Route the request again, after what its client has of it; if the bounds forbid it, fail it with `error`.
 
-        `is_lost`: its worker was lost, not refusing, and may come back.
+        `is_lost`: its worker was lost, not refusing, and may come back. `has_left`: it had said before that it leaves.
         """
         most = MAX_RESUMED_DISPATCHES if run.has_output else MAX_DISPATCHES
         # The budget is for requests that a client could send again itself; a worker that drains refuses none of them.
         # A suspect waits for its turn, also behind those of other routers.
-        is_free = is_lost or run.has_output or run.suspicion is not None or self._drains(run)
-        if run.num_tries >= most or not (is_free or self.admission.may_retry()):
+        drains = has_left or self._drains(run)
+        is_free = is_lost or run.has_output or run.suspicion is not None or drains
+        if (not drains and run.num_tries >= most) or not (is_free or self.admission.may_retry()):
             self.fail(run, error, now_s)
             return
-        self._recall(run, error, now_s, may_return=is_lost)
+        self._recall(run, error, now_s, may_return=is_lost, drains=drains)
         run.cause = error
         if run.has_output or not isinstance(error, Overloaded):
             run.waits_since_s = now_s  # else its patience with full workers would begin anew at each of them
@@ -359,7 +360,15 @@ class Lifecycle:
         worker = self._fleet.get(run.living.decode.worker_id)  # that life of it: the next one has no run of it
         return worker is not None and worker.draining
 
-    def _recall(self, run: RequestState, error: TwostrokeError, now_s: float, *, may_return: bool = False) -> None:
+    def _recall(
+        self,
+        run: RequestState,
+        error: TwostrokeError,
+        now_s: float,
+        *,
+        may_return: bool = False,
+        drains: bool = False,
+    ) -> None:
         """Take a request back from its worker, which gets a cancel and is not chosen for it soon.
 
         `may_return`: the worker's session broke, so no cancel reaches it. It may get the request once more when it is
@@ -368,7 +377,7 @@ class Lifecycle:
         assert run.living is not None
         worker = run.living.decode
         self._orders.cancel(run, "sent elsewhere")
-        run.recall(error, now_s)  # a token that is under way now would come from the next worker once more
+        run.recall(error, now_s, drains=drains)  # a token under way now would come from the next worker once more
         self._orders.forget(run)
         if not may_return:
             run.exclude(worker, error, now_s)

@@ -99,9 +99,11 @@ class RequestState:
 
     @property
     def num_tries(self) -> int:
-        """Number of dispatches, but for those to workers that were full, or had another suspect, and began nothing."""
-        free = [one for one in self.dispatches if one.was_refused and (one.is_suspect or not one.is_resumed)]
-        return len(self.dispatches) - len(free)
+        """Number of dispatches, but for those to workers that were full, or had another suspect, and began nothing.
+
+        Those that workers gave back because they drain do not count either: each worker drains once.
+        """
+        return sum(1 for one in self.dispatches if not (one.was_drained or (one.was_refused and one.may_be_refused)))
 
     def exclude(self, worker: WorkerKey, error: TwostrokeError, now_s: float) -> None:
         """A worker failed it: it is not chosen for it soon, or not at all (see `next_ask_s`)."""
@@ -149,10 +151,10 @@ class RequestState:
         dispatch.resumed = tuple(map(self.delivery.tokens_of, range(self.request.num_choices)))
         return self.delivery.dispatch(dispatch.epoch)
 
-    def recall(self, error: TwostrokeError, now_s: float) -> None:
+    def recall(self, error: TwostrokeError, now_s: float, *, drains: bool = False) -> None:
         """Take the request back from its worker: later messages of the last dispatch are stale."""
         assert self.living is not None
-        self.living.left = Left(now_s, error)
+        self.living.left = Left(now_s, error, drains)
         self.stage = Stage.ROUTING
         self.delivery.recall()
         if self.has_output:

@@ -139,7 +139,9 @@ def _computes(run: RequestState, key: WorkerKey) -> bool:
         return False
     if living.decode == key:
         return True
-    return living.first_token_s is None and _prefill_of(run, living) == key
+    return _prefill_of(run, living) == key and any(
+        run.delivery.tokens_of(choice) == living.begins_with(choice) for choice in run.delivery.unfinished
+    )
 
 
 def _prefill_of(run: RequestState, living: Dispatch) -> WorkerKey | None:

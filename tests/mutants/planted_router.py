@@ -172,7 +172,7 @@ _LIVES = [
     Mutant("router/requests/lifecycle.py", '        self._orders.cancel(run, "sent elsewhere")\n', ""),
     Mutant(
         "router/requests/lifecycle.py",
-        "        run.recall(error, now_s)  # a token",
+        "        run.recall(error, now_s, drains=drains)  # a token",
         "        run.stage = Stage.ROUTING  # a token",
     ),
     Mutant(
@@ -188,7 +188,7 @@ _LIVES = [
     ),
     Mutant(
         "router/requests/lifecycle.py",
-        "if run.num_tries >= most or not (",
+        "if (not drains and run.num_tries >= most) or not (",
         "if not (",
     ),
     Mutant(
@@ -250,7 +250,7 @@ _LIVES = [
     ),
     Mutant(
         "router/requests/lifecycle.py",
-        "        self._recall(run, error, now_s, may_return=is_lost)\n",
+        "        self._recall(run, error, now_s, may_return=is_lost, drains=drains)\n",
         "        self._recall(run, error, now_s)\n",
     ),
     Mutant("router/requests/choosing.py", "if not run.excludes(w.facts.key, now_s)]", "if True]"),
@@ -314,8 +314,10 @@ _LIVES = [
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
     Mutant("router/requests/suspects.py", "if living.prefill is not None and living.prefill not in lost:", "if False:"),
     Mutant("router/requests/choosing.py", "        if rests_until_s(run) > now_s:\n            return None\n", ""),
-    Mutant("router/requests/state.py", "(one.is_suspect or not one.is_resumed)", "not one.is_resumed"),
-    Mutant("router/requests/lifecycle.py", "run.suspicion is not None or self._drains(run)", "self._drains(run)"),
+    Mutant(
+        "router/requests/attempts.py", "return self.is_suspect or not self.is_resumed", "return not self.is_resumed"
+    ),
+    Mutant("router/requests/lifecycle.py", "run.suspicion is not None or drains", "drains"),
     Mutant("router/requests/choosing.py", "if may_ask_again or taken_by", "if taken_by"),
     Mutant("router/requests/choosing.py", "max(run.waits_since_s, rests_until_s(run))", "run.waits_since_s"),
     Mutant("router/requests/orders.py", "order.confirm = PROOF_TOKENS if run", "order.confirm = 0 if run"),
@@ -328,13 +330,20 @@ _LIVES = [
         "for choice in run.delivery.unfinished):",
         "for choice in range(run.request.num_choices)):",
     ),
-    Mutant("router/requests/suspects.py", "return living.first_token_s is None and _prefill_of", "return _prefill_of"),
+    Mutant(
+        "router/requests/suspects.py", "run.delivery.tokens_of(choice) == living.begins_with(choice) for", "True for"
+    ),
+    Mutant(
+        "router/requests/suspects.py",
+        "any(\n        run.delivery.tokens_of(choice) == living",
+        "all(\n        run.delivery.tokens_of(choice) == living",
+    ),
     Mutant("router/requests/state.py", "            self.identities = None  # of", "            pass  # of"),
     Mutant("router/requests/state.py", " and not current.is_resumed:", ":"),
     Mutant(
         "router/requests/state.py", "self.first_choice in (None, end.choice) and", "self.first_choice == end.choice and"
     ),
-    Mutant("router/requests/state.py", "        self.living.left = Left(now_s, error)\n", ""),
+    Mutant("router/requests/state.py", "        self.living.left = Left(now_s, error, drains)\n", ""),
     Mutant(
         "router/requests/roster.py",
         "        if key in self._connected:\n            self.prefixes.join",
@@ -364,7 +373,12 @@ _LIVES = [
         "        if run.has_output or not isinstance(error, Overloaded):\n",
         "        if True:\n",
     ),
-    Mutant("router/requests/state.py", "if one.was_refused and (", "if False and ("),
+    Mutant(
+        "router/requests/state.py", "one.was_drained or (one.was_refused and one.may_be_refused)", "one.was_drained"
+    ),
+    Mutant("router/requests/state.py", "(one.was_drained or ", "("),
+    Mutant("router/requests/lifecycle.py", "(not drains and run.num_tries", "(run.num_tries"),
+    Mutant("router/requests/lifecycle.py", "        drains = has_left or self", "        drains = self"),
     Mutant("router/requests/roster.py", "            self._wires.lost(change)\n", ""),
     Mutant(
         "router/requests/roster.py",

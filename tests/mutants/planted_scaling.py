@@ -71,5 +71,9 @@ MUTANTS = [
         "        await self._end_of(name)\n        self._members.book.want",
         "        self._members.book.want",
     ),
-    Mutant("router/requests/lifecycle.py", " or self._drains(run)", ""),
+    Mutant(
+        "router/requests/lifecycle.py",
+        "        drains = has_left or self._drains(run)\n",
+        "        drains = has_left\n",
+    ),
 ]

@@ -5,6 +5,7 @@ from support.fakes.list_router import MODEL, Router
 from twostroke.core import errors
 from twostroke.core.request import Epoch, Role, SamplingParams
 from twostroke.router.requests.attempts import CONFIRMS
+from twostroke.router.requests.lifecycle import MAX_DISPATCHES, MAX_RESUMED_DISPATCHES
 from twostroke.router.requests.state import RequestState, Stage
 from twostroke.router.requests.suspects import APART_S, PROOF_TOKENS
 from twostroke.router.routing.candidates import PolicyLimits
@@ -264,3 +265,48 @@ def test_a_stream_that_waits_for_another_routers_suspect_is_refused_as_often_as_
         router.pass_s(1.0)
     router.tokens(run, PROOF_TOKENS)
     assert (run.error, run.suspicion) == (None, None)
+
+
+def test_a_choice_whose_prompt_is_still_computed_may_have_killed_the_prefill_worker() -> None:
+    """Else the request goes on to kill the next one, and whoever was beside it is blamed."""
+    router = Router(policy=PolicyLimits(local_prefill=False), capabilities=CONFIRMING)
+    router.join("d", role=Role.DECODE)
+    for name in ("p", "q"):
+        router.join(name, role=Role.PREFILL)
+    run = router.ask(num_choices=3, sampling=LONG)
+    assert run.living is not None
+    peer = run.living.choice.prefill_peers[0].key
+    router.tokens(run, choice=0)
+    router.tokens(run, choice=1)
+    kill(router, peer)
+    assert run.suspicion is not None
+
+
+# ------------------------------------------------------------------ workers that leave on purpose
+
+
+def test_a_request_outlives_any_number_of_workers_that_drain_one_after_the_other() -> None:
+    for num_tokens in (0, 1):
+        router = Router("w0", "w1", capabilities=CONFIRMING)
+        run = router.ask(sampling=LONG, timeout_s=60.0)
+        router.tokens(run, num_tokens)
+        for index in range(2, 2 + MAX_RESUMED_DISPATCHES):
+            router.roster.leaving(placed(run))
+            router.join(f"w{index}")
+            if index % 2:
+                router.end(run, code="unavailable")
+            else:
+                lose(router, placed(run))  # its grace was over
+            router.pass_s(0.1)
+            assert run.stage is Stage.DISPATCHED
+        assert run.suspicion is None
+        assert run.num_tries == 1
+
+
+def test_a_request_that_is_refused_by_workers_that_stay_is_not_sent_for_ever() -> None:
+    router = Router("a", "b", "c", "d")
+    run = router.ask(sampling=LONG, timeout_s=60.0)
+    for _ in range(MAX_DISPATCHES):
+        router.end(run, code="unavailable")
+        router.pass_s(0.1)
+    assert isinstance(run.error, errors.Unavailable)
