@@ -16,7 +16,7 @@ from ..protos import handover_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-HELLO_S = 5.0  # longest time for a hello and its answer
+HELLO_S = 5.0  # longest time for a hello, and for its answer
 MAX_SLOTS = 256
 MAX_SLOT_BYTES = 64 << 20
 
@@ -55,6 +55,7 @@ class PairService:
         self._counters = counters
         self._held_bytes = 0
         self._ends: dict[int, PairedEnd] = {}
+        self._taken: set[int] = set()  # numbers of those, and of channels that are being accepted
 
     @property
     def num_channels(self) -> int:
@@ -82,24 +83,36 @@ class PairService:
                 raw = await stream.receive()
                 hello = pb.PairMessage.FromString(raw or b"").hello
                 why = self._refusal(hello)
-                answer = pb.PairMessage(accepted=pb.PairAccepted())
                 if why:
-                    answer = pb.PairMessage(refused=pb.PairRefused(reason=why))
-                await stream.send(answer.SerializeToString())
+                    refused = pb.PairMessage(refused=pb.PairRefused(reason=why))
+                    await stream.send(refused.SerializeToString())
+                    log.info("paired channel of %s refused: %s", hello.worker_id, why)
+                    return
         except (TimeoutError, DecodeError, ConnectionError) as error:
             log.warning("a paired channel did not open: %s", error or "silence")
             return
-        if why:
-            log.info("paired channel of %s refused: %s", hello.worker_id, why)
-            return
+        # Number and memory are taken before the answer is sent: other hellos come meanwhile.
         size = hello.slots * hello.slot_bytes
-        end = self._ends[hello.number] = self._make(hello.slots, hello.slot_bytes)
         self._held_bytes += size
+        self._taken.add(hello.number)
+        try:
+            await self._accepted(stream, hello)
+        finally:
+            self._taken.remove(hello.number)
+            self._held_bytes -= size
+
+    async def _accepted(self, stream: ByteStream, hello: pb.PairHello) -> None:
+        try:
+            async with asyncio.timeout(HELLO_S):
+                await stream.send(pb.PairMessage(accepted=pb.PairAccepted()).SerializeToString())
+        except (TimeoutError, ConnectionError) as error:
+            log.warning("a paired channel did not open: %s", error or "silence")
+            return
+        end = self._ends[hello.number] = self._make(hello.slots, hello.slot_bytes)
         try:
             await end.run(stream)
         finally:
             del self._ends[hello.number]
-            self._held_bytes -= size
             self._counters["paired_channels_ended"] += 1
             log.info("paired channel of %s: %s", hello.worker_id, end.reason)
 
@@ -115,7 +128,7 @@ class PairService:
             return f"backend {hello.backend!r} is not known; gloo is"
         if not 0 < hello.slots <= MAX_SLOTS or not 0 < hello.slot_bytes <= MAX_SLOT_BYTES:
             return f"{hello.slots} slots of {hello.slot_bytes} bytes; at most {MAX_SLOTS} of {MAX_SLOT_BYTES}"
-        if not hello.number or hello.number in self._ends:
+        if not hello.number or hello.number in self._taken:
             return f"channel {hello.number} is there already"
         if self._held_bytes + hello.slots * hello.slot_bytes > self._max_bytes:
             return f"no memory for another paired channel; cache.ring_bytes is {self._max_bytes}"
