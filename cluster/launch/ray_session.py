@@ -159,7 +159,8 @@ class RaySession:
         wanted |= {name: None for name in os.environ if name.startswith(ENVIRONMENT_PREFIX)}  # keys may be among them
         wanted |= {"RAY_TMPDIR": str(folder), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         wanted |= {name: os.environ.get(name, limit) for name, limit in _LOG_LIMITS.items()}
-        self._before = set_variables(ray_guard.token_settings(self._scratch.path))
+        before_token = set_variables(ray_guard.token_settings(self._scratch.path))
+        self._before = self._before or before_token  # at a further attempt these would be those of the one before
         before = set_variables(wanted)
         try:
             yield

@@ -143,6 +143,25 @@ def test_a_local_ray_is_ours_whatever_the_environment_says(temporary: Path, monk
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_after_several_attempts_to_start_a_ray_the_program_has_its_own_settings_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None
+):
+    given = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": mode and "/of/the/program"}
+    for name, value in given.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    session = RaySession(None)
+    for _ in range(2):
+        with session._environment(session._scratch.path):
+            pass
+        assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(session._scratch.path / "token")
+    session.close()
+    assert {name: os.environ.get(name) for name in given} == given
+
+
 IMPORTED_BEFORE = """
 import os, sys
 from pathlib import Path
