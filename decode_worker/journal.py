@@ -93,7 +93,7 @@ class Journal:
         if kept_tokens >= offer.num_tokens:
             run.kept, run.num_refused = offer.num_tokens, 0
             return
-        wait_s = min(self._limits.retry_s * 2**run.num_refused, self._limits.max_retry_s)
+        wait_s = min(self._limits.retry_s * 2 ** min(run.num_refused, 20), self._limits.max_retry_s)
         run.kept = min(kept_tokens, run.full)
         run.num_refused += 1
         run.retry_at_s = now_s + wait_s

@@ -84,6 +84,15 @@ def test_a_buddy_that_keeps_nothing_is_asked_ever_more_rarely():
     assert made.next_s(now_s) == now_s + 2.0, "after a success it begins anew"
 
 
+def test_a_buddy_may_refuse_for_as_long_as_a_stream_runs():
+    made, now_s = journal(), 0.0
+    made.grew(A, 100)
+    for _ in range(1100):  # 2.0 * 2**1100 is no float
+        made.answered(made.next(now_s), 0, now_s)
+        now_s += LIMITS.max_retry_s
+    assert made.next(now_s) == Offer(A, 96)
+
+
 def test_what_a_buddy_lost_is_offered_again():
     made = journal()
     made.grew(A, 200)
