@@ -20,6 +20,7 @@ import planted_kv
 import planted_models
 import planted_pairs
 import planted_responses
+import planted_reviewed
 import planted_router
 import planted_scaling
 import planted_sizes
@@ -164,7 +165,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
     "decode_worker/pairs": ("tests/worker/test_paired_workers.py",),
-    "prefill_worker/pairs": ("tests/worker/test_paired_workers.py",),
+    "prefill_worker/pairs": ("tests/prefill_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "decode_worker/pull": (
         "tests/decode_worker/test_pull.py",
         "tests/decode_worker/test_task.py",
@@ -209,6 +210,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "router/requests/history": ("tests/router/requests/test_history.py", "tests/sim/replay/test_decisions.py"),
     "router/api/grpc/guard": ("tests/router/api/test_guard.py", "tests/router/api/http/test_connections.py"),
     "router/api/grpc/message_bounds": ("tests/router/api/test_message_bounds.py",),
+    "router/api/http/page": ("tests/router/api/http/test_browser.py",),
     "router/api/http/structure": ("tests/router/api/http/test_structure.py",),
     "router/api/http/reading": ("tests/router/api/http/test_reading.py", "tests/router/api/http/test_body_room.py"),
     "router/api/http/bodies": (
@@ -257,6 +259,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "core/probes": ("tests/core/test_call_reaper.py", "tests/router/api/test_guard.py"),
     "core/hosted": ("tests/core/test_hosted.py",),
     "worker/main": ("tests/worker/test_worker_process.py",),
+    "cluster/launch/ray_session": ("tests/cluster/test_left_behind.py",),
+    "cli/arguments": ("tests/cli/test_arguments.py", "tests/cli/test_lora_modules.py"),
+    "worker/scrape": ("tests/worker/test_scrape.py",),
     "cluster/launch/last_words": ("tests/cluster/test_last_words.py",),
     "core/proof": ("tests/core/test_proof.py",),
     "core/tls/rotating": ("tests/worker/test_scrape.py",),
@@ -344,4 +349,5 @@ MUTANTS = [
     *planted_fetching.MUTANTS,
     *planted_int4.MUTANTS,
     *planted_codecs.MUTANTS,
+    *planted_reviewed.MUTANTS,
 ]

@@ -82,7 +82,8 @@ MUTANTS = [
     ),
     Mutant("decode_worker/journal.py", "        run.is_offered = True\n", ""),
     Mutant("decode_worker/journal.py", "        key = max(due, key=", "        key = min(due, key="),
-    Mutant("decode_worker/journal.py", "self._limits.retry_s * 2**run.num_refused", "self._limits.retry_s"),
+    Mutant("decode_worker/journal.py", "self._limits.retry_s * 2 ** min(run.num_refused, 20)", "self._limits.retry_s"),
+    Mutant("decode_worker/journal.py", "min(run.num_refused, 20)", "run.num_refused"),
     Mutant("decode_worker/journal.py", "        run.kept = min(kept_tokens, run.full)\n", ""),
     Mutant("decode_worker/journal.py", "kept_tokens - kept_tokens % self._block_tokens", "0"),
     Mutant(
