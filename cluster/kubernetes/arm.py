@@ -82,12 +82,17 @@ class PodScaler:
                 log.exception("the planner's turn failed")
             await asyncio.sleep(max(0.0, began_s + self._config.interval_s - self._clock.now_s()))
 
-    async def close(self) -> None:
-        """Let go of the Lease, so that a successor begins at once."""
+    async def close(self, within_s: float) -> None:
+        """Let go of the Lease, so that a successor begins at once; where that takes longer, it waits for its end."""
         for task in self._tasks:
             task.cancel()
-        if self._tenure.holds(self._clock.now_s()):
-            await self._look(release=True)
+        if not self._tenure.holds(self._clock.now_s()):
+            return
+        try:
+            async with asyncio.timeout(within_s):
+                await self._look(release=True)
+        except TimeoutError:
+            log.warning("planner: the Lease is not let go: the API server did not answer within %g s", within_s)
 
     async def turn(self) -> None:
         """One look at the Lease, one decision, its action, and a report."""

@@ -91,8 +91,7 @@ async def _serve(config: Config, place: Place, routers: Sequence[str], sources: 
     finally:
         running.cancel()
         await asyncio.wait([running], timeout=LEAVE_S)
-        async with asyncio.timeout(LEAVE_S):
-            await scaler.close()
+        await scaler.close(LEAVE_S)
         await peers.close()
         await health.close()
 

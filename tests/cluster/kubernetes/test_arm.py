@@ -1,6 +1,7 @@
 """The planner's decisions become scales of Deployments: the official client against a stand-in API server."""
 
 import asyncio
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -376,11 +377,27 @@ async def test_who_ends_lets_go_of_the_lease_so_that_a_successor_begins_at_once(
     await first.turn()
     await second.turn()
     assert second.plan.made == 0
-    await first.scaler.close()
+    await first.scaler.close(60.0)
     assert not first.tenure.holds(clock.now)
     clock.now += 2.0
     await second.turn(Start((Role.DECODE,)))
     assert second.replicas()["ts-decode"] == 3
+
+
+async def test_who_ends_does_not_wait_for_an_api_server_that_does_not_answer(
+    api: ApiServer, caplog: pytest.LogCaptureFixture
+):
+    room, answers = Room(api), threading.Event()
+    await room.turn()
+
+    def silent() -> Any:
+        answers.wait(60)
+        return None, ()
+
+    room.scaler._leases.read = silent  # type: ignore[method-assign]
+    await room.scaler.close(0.01)
+    answers.set()
+    assert "the Lease is not let go" in caplog.text
 
 
 async def test_while_the_api_server_is_away_nothing_happens_and_it_is_said_once(
