@@ -134,6 +134,25 @@ def test_block_tables_cover_the_rows_of_the_guesses_and_no_more():
     assert planner.holdings.pool.num_live == 0
 
 
+def test_guesses_whose_blocks_are_given_back_before_they_are_judged_are_made_again():
+    planner = planner_of(num_blocks=4)
+    one = sequence_of("a", 15, planner)
+    plan = planner.plan([(one, 3)])
+    planner.take({one.key: one}, plan, DraftResult(((5, 6, 7),)))
+    planner.holdings.trim(one)  # its step sampled nothing: a mask was late
+    planner.settle(one)
+    again = planner.plan([(one, 3)])
+    assert again is not None, "the KV of tokens 15 and 16 is not there any more"
+    assert again.guesses.sequences[0].start == 14
+    planner.take({one.key: one}, again, DraftResult(((5,),)))
+    planner.holdings.trim(one)
+    assert proposer_of(one).propose(one.tokens, 3) == ()
+    short = sequence_of("b", 10, planner)
+    planner.take({short.key: short}, planner.plan([(short, 3)]), DraftResult(((5, 6, 7),)))
+    planner.holdings.trim(short)  # nothing is given back
+    assert proposer_of(short).propose(short.tokens, 3) == (5, 6, 7)
+
+
 def test_a_sequence_without_room_gets_no_guess_and_keeps_what_it_has():
     planner = planner_of(num_blocks=2, chunk=1024)
     one, two = sequence_of("a", 20, planner), sequence_of("b", 5, planner)
@@ -274,13 +293,13 @@ def plain_text(prompt, count):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_blocks_hold_what_they_are_said_to_hold_in_any_schedule(seed):
-    """Small pools, shared prefixes, preemptions, cancels, failures: every cell that is read is the reader's own."""
+    """Small pools, preemptions, cancels, failures, masks that are late: every cell that is read is the reader's own."""
     draw = random.Random(seed)
     block_tokens = 16
     drafter = CellDrafter(
         block_tokens, draw, draw.choice((0.3, 0.8, 1.0)), draw.choice((0.0, 0.01)), draw.choice((0.0, 0.2))
     )
-    target = CellTarget(block_tokens)
+    target = CellTarget(block_tokens, draw, draw.choice((0.0, 0.2)))
     chunk = draw.choice((16, 30, 200))
     room = Room(
         target,

@@ -27,6 +27,8 @@ MUTANTS = [
     Mutant(_HOLDINGS, "(len(sequence.tokens) - 1) // HASH_BLOCK_TOKENS", "len(sequence.tokens) // HASH_BLOCK_TOKENS"),
     Mutant(_HOLDINGS, "min(proposer.num_computed, num_named)", "num_named"),
     Mutant(_HOLDINGS, "            self.pool.give_back(spare)\n", ""),
+    Mutant(_HOLDINGS, "                proposer.guessed = ()  #", "                pass  #"),
+    Mutant(_HOLDINGS, "if spare and proposer.guessed_after == len(sequence.tokens):", "if spare:"),
     Mutant(_HOLDINGS, "            self.pool.give_back(proposer.blocks)\n", ""),
     Mutant(_PLANNER, "        begun.add(lacking)\n", ""),
     Mutant(

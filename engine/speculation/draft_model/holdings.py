@@ -60,10 +60,12 @@ class DraftHoldings:
             proposer.num_published = num_full
 
     def trim(self, sequence: Sequence) -> None:
-        """Give back the blocks that hold guesses only."""
+        """Give back the blocks that hold guesses only. If those are not judged yet, they are forgotten."""
         proposer = proposer_of(sequence)
         if proposer is not None:
             spare = proposer.blocks[self._blocks_for(len(sequence.tokens)) :]
+            if spare and proposer.guessed_after == len(sequence.tokens):
+                proposer.guessed = ()  # else they would count as computed when they come true
             self.pool.give_back(spare)
             del proposer.blocks[len(proposer.blocks) - len(spare) :]
 

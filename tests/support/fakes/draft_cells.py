@@ -36,25 +36,28 @@ class Cells:
 
 
 class CellTarget:
-    """Stands for a runner: the next token is a function of the tokens before."""
+    """Stands for a runner: the next token is a function of the tokens before; now and then a step samples none."""
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, random=None, late=0.0) -> None:
         self.cells = Cells(block_tokens)
         self.live = {}  # set by the test: all sequences by key
+        self._random, self._late = random, late
 
     def run(self, plan):
-        told = []
+        told, deferred = [], set()
         for step in plan.sequences:
             known = self.live[step.key].tokens
             states = self.cells.compute(step, (*step.token_ids, *step.draft_ids), known)
             sampled = []
-            if step.samples:
+            if step.samples and self._late and self._random.random() < self._late:
+                deferred.add(step.key)
+            elif step.samples:
                 for row, state in enumerate(states[len(step.token_ids) - 1 :]):
                     if row and sampled[-1] != step.draft_ids[row - 1]:
                         break
                     sampled.append(state % VOCABULARY)
             told.append(tuple(sampled))
-        return StepResult(plan.step, tuple(told))
+        return StepResult(plan.step, tuple(told), deferred=frozenset(deferred))
 
 
 class CellDrafter:
