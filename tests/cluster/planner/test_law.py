@@ -178,7 +178,21 @@ def test_where_workers_go_in_one_order_the_last_ones_drain_and_stop_in_it() -> N
     stopped = [each.action.worker for each in toy.done if isinstance(each.action, Stop)]
     assert sorted(drained) == ["worker-01", "worker-03", "worker-04", "worker-05"]
     assert [name for name in drained if name != "worker-01"] == ["worker-05", "worker-04", "worker-03"]
+    assert Drain(("worker-04", "worker-03")) in [each.action for each in toy.done], "one may go after the other"
     assert [name for name in stopped if name != "worker-01"] == ["worker-05", "worker-04", "worker-03"]
+
+
+def test_a_worker_without_work_waits_for_those_that_must_go_before_it() -> None:
+    toy = Toy(ORDERED, prefill=1, decode=4, is_ordered=True)
+    toy.load(0.1, 10)
+    while len(toy.draining) < 2:
+        toy.second()
+    first, second = sorted(toy.draining, reverse=True)[:2]
+    toy.draining[first].until_s += 60.0  # its streams take longer
+    for _ in range(100):
+        toy.second()
+    stopped = [each.action.worker for each in toy.done if isinstance(each.action, Stop)]
+    assert [name for name in stopped if name in (first, second)] == [first, second]
 
 
 def test_a_role_makes_way_for_a_worker_of_the_other_that_goes_next() -> None:
