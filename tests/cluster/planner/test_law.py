@@ -210,6 +210,15 @@ def test_a_role_makes_way_for_a_worker_of_the_other_that_goes_next() -> None:
     assert sorted(toy.workers.values()) == [Role.DECODE, Role.PREFILL, Role.PREFILL]
 
 
+def test_no_role_makes_way_while_who_must_go_first_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy(ORDERED, prefill=1, decode=3, is_ordered=True)
+    monkeypatch.setattr(toy, "_goes_after", lambda name: "worker-99")  # its process restarts
+    toy.load(0.1, 10)
+    for _ in range(120):
+        toy.second()
+    assert toy.done == []
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.tuples(st.floats(0, 6), st.floats(0, 3e4), st.integers(30, 200)), min_size=2, max_size=5))
 def test_in_order_or_not_roles_keep_their_least_and_nobody_with_work_is_stopped(phases) -> None:
