@@ -239,16 +239,19 @@ class Scheduler:
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """True if another sequence computes the next block that this one lacks: it is taken from there, computed once.
 
-        The wait ends when the other one publishes that block, or computes no more: at the latest by its deadline.
+        The wait ends when the other one publishes that block, or computes no more: at the latest by its deadline. One
+        that began behind that block, because it needs no windowed layers there, does not publish it.
         """
-        findable = sequence.findable
+        findable, prefix = sequence.findable, self.holdings.prefix
+        if not prefix.enabled:
+            return False
         if self.holdings.states is not None:
             return self._awaits_state(sequence)
-        held = self.holdings.prefix.match(findable)
+        held = prefix.match(findable)
         if held == len(findable):
             return False
-        lacking = findable[held]
-        works = self._by_state[_S.PREFILLING].values()
+        lacking, end = findable[held], held * HASH_BLOCK_TOKENS + self.holdings.pool.block_tokens
+        works = [work for work in self._by_state[_S.PREFILLING].values() if work.num_computed < end]
         return any(held < len(work.identities) and work.identities[held] == lacking for work in works)
 
     def _awaits_state(self, sequence: Sequence) -> bool:

@@ -1,5 +1,6 @@
 """The core, one thing at a time."""
 
+import numpy as np
 import pytest
 
 from twostroke.core.request import FinishReason, SamplingParams, SequenceKey
@@ -16,17 +17,23 @@ from twostroke.engine.link.messages import (
     Offered,
     PeerBound,
     PeerNotYet,
+    PrefillLocally,
     ReadKv,
     Release,
     Source,
     Stop,
     Submit,
+    WriteKv,
 )
 from twostroke.engine.plan import StepResult
 from twostroke.engine.policy import StepLimits
 from twostroke.engine.step_times import StepTimes
+from twostroke.kv.block import chain
 from twostroke.kv.cache.pool import BlockPool
 from twostroke.kv.cache.prefix import PrefixCache
+from twostroke.kv.section import SectionData
+from twostroke.kv.spec import WindowedLayers
+from twostroke.kv.windows import first_needed
 
 EOS, KEY, ROOT = 0, b"cluster", b"root"
 
@@ -127,3 +134,54 @@ def test_a_prompt_whose_logprobs_are_wanted_gets_a_chunk_by_its_own_price(prompt
     core.set_times(StepTimes(20.0, 0.25, 0.0, 0.4))
     decode, chunk = core.plan(0.0).sequences
     assert (decode.num_tokens, chunk.num_tokens) == (1, num_tokens)
+
+
+# ------------------------------------------------------------------ prefixes under way
+
+
+def named(name: str, prompt: tuple[int, ...], source: Source = Source.LOCAL) -> Submit:
+    identities = tuple(chain(KEY, ROOT, prompt[: len(prompt) // 16 * 16]))
+    return Submit(SequenceKey(name, 0), source, prompt, identities, ROOT, SamplingParams(4))
+
+
+def stepped(core: EngineCore) -> list[tuple[str, int]]:
+    """Run one step that ends no sequence; returns whose tokens it computed, and how many."""
+    core.tick(0.0)
+    plan = core.plan(0.0)
+    core.apply(plan, StepResult(plan.step, tuple((5,) if step.samples else () for step in plan.sequences)), 0.0)
+    return [(step.key.request_id, step.num_tokens) for step in plan.sequences]
+
+
+@pytest.mark.parametrize("finds_prefixes", [True, False])
+def test_what_another_prompt_computes_is_waited_for_only_if_it_can_be_found(finds_prefixes):
+    pool = BlockPool(64, 16)
+    prefix = PrefixCache(pool, enabled=finds_prefixes)
+    policy = combined_policy(StepLimits(max_batch_tokens=512))
+    core = EngineCore(CoreLimits(), pool, prefix, policy, eos_ids=[EOS], key=KEY)
+    prompt = tuple(range(3, 203))
+    core.handle(named("first", prompt), 0.0)
+    core.handle(named("second", prompt), 0.0)
+    computed = {name for name, _ in stepped(core)}
+    assert computed == ({"first"} if finds_prefixes else {"first", "second"})
+
+
+def test_a_prompt_waits_for_no_block_that_is_behind_the_one_who_has_it():
+    """A block without its windowed layers is of no use to a prompt that ends in it, and nobody computes it again."""
+    pool = BlockPool(256, 16)
+    windowed = WindowedLayers((0,), 32)
+    policy = combined_policy(StepLimits(max_batch_tokens=256))
+    prefix = PrefixCache(pool, windowed=windowed)
+    core = EngineCore(CoreLimits(), pool, prefix, policy, eos_ids=[EOS], key=KEY)
+    prompt = tuple(range(3, 1603))
+    key = SequenceKey("long", 0)
+    core.handle(named("long", prompt, Source.PEER), 0.0)
+    core.tick(0.0)
+    core.handle(Bind(key), 0.0)
+    first, held = first_needed(windowed, 640), 640
+    bare = SectionData("main", "k", 1, 1, 1, 0, 1, 16, np.zeros(0, np.uint8), None, np.zeros(0, np.uint64))
+    core.handle(WriteKv(key, 0, first, (bare,)), 0.0)
+    core.handle(WriteKv(key, first, held - first, ()), 0.0)
+    core.handle(PrefillLocally(key, held, None), 0.0)
+    assert stepped(core) == [("long", 256)]
+    core.handle(named("short", (*prompt[:64], *range(2000, 2030))), 0.0)
+    assert "short" in dict(stepped(core))

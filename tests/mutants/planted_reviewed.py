@@ -66,6 +66,9 @@ MUTANTS = [
     Mutant(_CATCH_UP, "_FADE * known + (1 - _FADE) * new", "(1 - _FADE) * known + _FADE * new"),
     Mutant(_CATCH_UP, "        new = took_ms / num_tokens\n", "        new = took_ms\n"),
     Mutant(_SPECULATION, "                rows -= most\n", "                pass\n"),
+    # A prompt that waits for another one's prefix: only for what will be there.
+    Mutant("engine/scheduler.py", "        if not prefix.enabled:\n            return False\n", ""),
+    Mutant("engine/scheduler.py", ".values() if work.num_computed < end]", ".values()]"),
     # The guard of the cache's codec.
     Mutant(_GUARD, "min(self._allowed_s + since_s * self._limits.busy_share, MOST_SAVED_S)", "MOST_SAVED_S"),
     Mutant(_GUARD, "            self.num_dropped += 1\n        self._samples", "        self._samples"),
