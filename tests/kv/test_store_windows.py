@@ -123,6 +123,15 @@ def test_layers_that_are_computed_later_are_there_again():
     assert store.parts(held(64)) == [(held(64), False)]
 
 
+def test_a_block_that_came_before_the_ones_in_front_of_it_is_computed_with_them():
+    store, source = make_store(), make_store()
+    source.seal(held(48))
+    store.write_tokens(held(48, 16), source.read_tokens(held(48, 16), without_windows=True))
+    store.seal_all([held(48)])  # the first block never came
+    assert store.parts(held(48)) == [(held(48), False)]
+    assert len(store.read_tokens(held(48))) == 2
+
+
 def test_another_use_of_a_block_lacks_nothing():
     store, source = make_store(), make_store()
     source.seal(held(32))

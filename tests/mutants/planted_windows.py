@@ -31,6 +31,7 @@ MUTANTS = [
         "kv/store/store.py",
         "self._lacking_generation[blocks, units] == generations",
         "self._lacking_generation[blocks, units] > 0",
+        "every seal of another generation clears the mark, so that none of an earlier one is found",
     ),
     Mutant(
         "kv/store/store.py",
