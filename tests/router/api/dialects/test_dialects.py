@@ -61,8 +61,9 @@ async def test_a_message_has_thinking_text_and_calls_whole_and_streamed(model):
         assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 4
         assert (final.stop_reason, final.usage.output_tokens) == ("tool_use", whole.usage.output_tokens)
         scripted.says = SAID
-        silent = await client.messages.create(**asked)
+        silent = await client.messages.create(**asked, extra_headers={"x-request-timeout": "100"})
         assert [block.type for block in silent.content] == ["text", "tool_use", "tool_use"]
+        assert 0 < scripted.submits[-1].timeout_ms <= 100_000 < scripted.submits[0].timeout_ms, "its own deadline"
 
 
 def test_a_conversation_becomes_a_chat():
