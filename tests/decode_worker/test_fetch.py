@@ -156,3 +156,13 @@ def test_what_ends_it_early_keeps_what_is_stored(run: Run, envelope: bytes | Non
     (fetched,) = run.over
     assert (fetched.end, fetched.stored_upto) == (end, FIRST + 16)
     assert (run.counters["fetched_blocks"], run.counters["kv_corrupted_frames"]) == (1, int(not is_intact))
+
+
+def test_after_a_cancel_nothing_more_is_checked_stored_or_told(run: Run) -> None:
+    run.block(0)
+    run.fetch.cancel()
+    assert run.host.closed == [True]
+    run.host.is_intact = False
+    run.block(1)  # it was on its way
+    run.written(0)
+    assert (len(run.stored), run.over, run.counters) == (1, [], {})
