@@ -54,7 +54,7 @@ class IdleGuard:
             score = self._scorer.score(part)
         except Exception:
             _log.exception("a sample of the cache's guard could not be scored")
-            self._guard.failed()
+            self._guard.failed(self._clock.now_s() - began_s)
             return
         verdict = self._guard.scored(part, score, self._clock.now_s() - began_s)
         if verdict is not None:

@@ -123,8 +123,9 @@ class CodecGuard:
         self.verdict = Verdict(mean, len(self._recent))
         return self.verdict
 
-    def failed(self) -> None:
-        """A part could not be computed: its sample is dropped."""
+    def failed(self, took_s: float = 0.0) -> None:
+        """A part could not be computed: its sample is dropped. `took_s`: what the attempt took."""
+        self._allowed_s -= took_s
         self._forget_current()
         self.num_dropped += 1
 

@@ -195,3 +195,19 @@ def test_a_sample_that_cannot_be_scored_is_dropped() -> None:
     it = run_samples(Broken(None), 3)
     assert it.counters == {"kv_guard_scored": 0, "kv_guard_dropped": 3, "kv_guard_exceeded": 0}
     assert it.wake_s() is None
+
+
+def test_an_attempt_that_fails_costs_its_time_like_any_other() -> None:
+    clock = Hand()
+
+    class Slow(Broken):
+        def score(self, part: Part) -> PartScore:
+            clock.now += 2.0
+            return super().score(part)
+
+    it = IdleGuard(CodecGuard(LIMITS, 0.0), Slow(None), clock)  # type: ignore[arg-type]
+    it.saw(PROMPT)
+    it.saw(PROMPT)
+    clock.now = 30.0  # one second is saved up
+    it.turn()
+    assert it.wake_s() == pytest.approx(32.0 + (2.0 - 1.0 - 0.1) / 0.05, abs=0.01)
