@@ -3,17 +3,22 @@
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
+from twostroke.kv.section import SectionData
 from twostroke.kv.spec import LayerGroup, WindowedLayers
 from twostroke.kv.windows import (
     first_needed,
     furthest_start,
+    lacks_windows,
     layer_runs,
     usable,
     windowed_layers,
     windows_from,
 )
+
+EMPTY, NONE = np.zeros(0, np.uint8), np.zeros(0, np.uint64)
 
 
 def may_begin(windowed: WindowedLayers, token: int, lacking: set[int]) -> bool:
@@ -42,6 +47,19 @@ def test_the_layers_of_a_frame_are_runs_of_neighbours():
     assert runs((0, 2, 3), without_windows=False) == [[0, 1, 2, 3, 4, 5]]
     plain = LayerGroup("main", 2, ())
     assert layer_runs(plain, without_windows=True) == (range(2),)
+
+
+@pytest.mark.parametrize("layers", [(0, 2, 3), (1, 3), (3, 4, 5), (5,)])
+def test_the_layers_of_a_frame_tell_whether_windows_were_left_out(layers: tuple[int, ...]):
+    def sections(group: str, *, without_windows: bool) -> list[SectionData]:
+        runs = layer_runs(LayerGroup(group, 6, (), windowed), without_windows=without_windows)
+        return [SectionData(group, "k", run.start, len(run), 0, 1, 1, 16, EMPTY, None, NONE) for run in runs]
+
+    windowed = WindowedLayers(layers, 16)
+    assert lacks_windows(sections("main", without_windows=True), windowed)
+    assert not lacks_windows(sections("main", without_windows=False), windowed)
+    assert not lacks_windows(sections("main", without_windows=True), None)
+    assert not lacks_windows(sections("draft", without_windows=True), windowed), "another group says nothing"
 
 
 @pytest.mark.parametrize("window", [1, 16, 20, 64, 128, 1000])
