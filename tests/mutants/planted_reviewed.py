@@ -26,7 +26,12 @@ MUTANTS = [
     Mutant(_WINDOWS, "        held = missing - missing % step", "        held = missing"),
     Mutant(_WINDOWS, "    edges = [-1, *left_out", "    edges = [0, *left_out"),
     Mutant(_WINDOWS, "<= first < s.layer_start + s.layer_count for", "<= first <= s.layer_start + s.layer_count for"),
-    Mutant(_SENDER, "token_start + token_count <= self.order.windows_from", "token_start < self.order.windows_from"),
+    Mutant(
+        _SENDER,
+        "token_start + token_count <= self.order.windows_from",
+        "token_start < self.order.windows_from",
+        "no frame has tokens on both sides of it (`_frame_tokens`)",
+    ),
     Mutant(_SENDER, "        if not slots <= self._unfreed_slots or len", "        if len"),
     Mutant(_RECEIVER, "            if not self._order.pair:\n", "            if False:\n"),
     Mutant(
