@@ -91,9 +91,8 @@ class BlockFetch:
     @property
     def stored_upto(self) -> int:
         """End of the leading tokens that are stored, such that computing may begin there."""
-        num_blocks = self._stored_upto // HASH_BLOCK_TOKENS
-        start = furthest_start(self.wanted.windowed, num_blocks, self._lacking) * HASH_BLOCK_TOKENS
-        return max(start, self.wanted.first_token)
+        num_blocks = self._stored_upto // HASH_BLOCK_TOKENS  # the first ones are the asker's own and lack nothing here
+        return furthest_start(self.wanted.windowed, num_blocks, self._lacking) * HASH_BLOCK_TOKENS
 
     @property
     def num_writing(self) -> int:

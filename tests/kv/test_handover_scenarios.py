@@ -1,8 +1,9 @@
 """Runs the transcripts under tests/scenarios/handover: events in, actions out, one file per behaviour.
 
 A transcript opens with facts (`prompt 40`, `held 16`, `slots 2`, `frame 16`; `shared 1`: decode offers shared memory
-and prefill takes it; `required 1`: decode takes nothing less). Then it has events, each with every action that must
-follow, indented; `= state` at the end of them checks the state:
+and prefill takes it; `required 1`: decode takes nothing less; `windows 64`: before that token windowed layers are left
+out). Then it has events, each with every action that must follow, indented; `= state` at the end of them checks the
+state:
 
     decode  0.10  hears frame [16,32) damaged
         send #4 refetch [16,32) attempt=1
@@ -29,7 +30,7 @@ from twostroke.protos import handover_pb2 as pb
 
 SCENARIOS = sorted((Path(__file__).parents[1] / "scenarios" / "handover").glob("*.txt"))
 LABEL = Label("r1", 0, Epoch(1, 5))
-FACTS = {"prompt": 40, "held": 0, "slots": 4, "frame": 16, "timeout_s": 60, "shared": 0, "required": 0}
+FACTS = {"prompt": 40, "held": 0, "slots": 4, "frame": 16, "timeout_s": 60, "shared": 0, "required": 0, "windows": 0}
 
 
 def test_there_are_transcripts():
@@ -135,6 +136,7 @@ class Stage:
             timeout_ms=timeout_ms,
             shared_memory=memory,
             required_transport="shm" if facts["required"] else "",
+            windows_from=facts["windows"],
         )
 
 

@@ -40,7 +40,6 @@ MUTANTS = [
         "self._tokens(self._stored_units)",
     ),
     Mutant(_FETCHING, "            self._writing.clear()  # the", "            pass  # the"),
-    Mutant(_FETCHING, "        return max(start, self.wanted.first_token)\n", "        return start\n"),
     Mutant(_SERVED, "max(0, first - start) // HASH_BLOCK_TOKENS", "max(0, first) // HASH_BLOCK_TOKENS"),
     # Paired channels: memory and numbers that are given back, and waits that end.
     Mutant(_ACCEPTED, "            self._held_bytes -= size\n", "            pass\n"),
