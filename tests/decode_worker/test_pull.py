@@ -238,6 +238,24 @@ class _Ring:
         self.log.append(("ring", is_orderly, has_failed))
 
 
+async def test_a_ring_that_the_peer_does_not_use_comes_back_when_it_says_so(bench):
+    it, log = bench(), []
+    it.pull._ring = _Ring(log)
+    await it.settled()
+    assert (log, it.lost) == ([("ring", True, False)], None)
+
+
+async def test_shared_memory_is_not_distrusted_for_what_came_over_the_stream(bench):
+    it, log = bench(), []
+    it.stream.inbox.get_nowait()  # in place of Started
+    it.pull._ring = _Ring(log)
+    it.give(b"garbage")
+    async with asyncio.timeout(60):
+        while it.lost is None:
+            await asyncio.sleep(0.001)
+    assert (log, it.lost.reason) == ([("ring", False, False)], "protocol")
+
+
 async def test_the_ring_is_given_back_before_the_owner_hears_of_the_loss(bench):
     it, log = bench(), []
     await it.settled()

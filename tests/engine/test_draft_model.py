@@ -153,6 +153,18 @@ def test_guesses_whose_blocks_are_given_back_before_they_are_judged_are_made_aga
     assert proposer_of(short).propose(short.tokens, 3) == (5, 6, 7)
 
 
+def test_what_is_released_is_not_counted_when_its_guesses_come_true():
+    planner = planner_of(num_blocks=4)
+    one = sequence_of("a", 15, planner)
+    planner.take({one.key: one}, planner.plan([(one, 3)]), DraftResult(((5, 6, 7),)))
+    one.tokens += [5, 6]
+    planner.holdings.release(one)  # it is preempted
+    planner.settle(one)
+    proposer = proposer_of(one)
+    assert (proposer.num_computed, proposer.num_published, proposer.blocks) == (0, 0, [])
+    planner.holdings.check_integrity([one])
+
+
 def test_a_sequence_without_room_gets_no_guess_and_keeps_what_it_has():
     planner = planner_of(num_blocks=2, chunk=1024)
     one, two = sequence_of("a", 20, planner), sequence_of("b", 5, planner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +14,16 @@ import pytest
 from twostroke.core.clock import MonotonicClock
 from twostroke.core.request import SequenceKey
 from twostroke.engine.facts import FaceFacts, ModelFacts
-from twostroke.engine.link.messages import BlocksFetched
+from twostroke.engine.link.messages import BlocksFetched, Reading
 from twostroke.kv.block import BlockIdentity
 from twostroke.kv.codec import Codec
 from twostroke.kv.handover.frames import Frame, decode_envelope
 from twostroke.kv.keys import PromptHasher
 from twostroke.kv.section import SectionData
-from twostroke.kv.spec import attention_spec
+from twostroke.kv.spec import WindowedLayers, attention_spec
 from twostroke.protos.handover_pb2 import FetchRequest
 from twostroke.worker.blocks.departing import Departing
-from twostroke.worker.blocks.fetch import MAX_IDENTITIES, FetchAnswer, FetchService, why_malformed
+from twostroke.worker.blocks.fetch import MAX_IDENTITIES, FetchAnswer, FetchPart, FetchService, why_malformed
 
 SPEC = attention_spec(num_layers=1, kv_heads=1, head_dim=8, codec=Codec.BF16)
 MODEL = ModelFacts("m", "", 100, 1024, frozenset({1}), b"w" * 16, b"class", "here", True, SPEC)
@@ -83,6 +84,27 @@ def test_frames_hold_the_leading_blocks_and_the_last_one_says_so(
             assert frame.header.sequence == len(sent) + 1
             sent.append((frame.header.token_start, tuple(frame.header.identities), frame.header.last))
     assert sent == frames
+
+
+def test_windows_are_left_out_before_those_of_the_last_block_that_is_held() -> None:
+    spec = attention_spec(2, 1, 8, Codec.BF16).with_windowed(WindowedLayers((0,), 16))
+    facts = replace(FACTS, model=replace(MODEL, kv_spec=spec), frame_bytes=5 * 16 * spec.bytes_per_token)
+    names = tuple(BlockIdentity(bytes([n]) * 16) for n in range(20))
+    answer = FetchAnswer(wanted(identities=names, first_token=64, only_windows=True), facts, Counter())
+    part, parts = answer.next_part(), []
+    assert part == FetchPart(names, 64, Reading.NOTHING)
+    answer.frame(BlocksFetched(1, 18, ()))
+    while (part := answer.next_part()) is not None:
+        parts.append((part.first_token, len(part.identities), part.how))
+        answer.frame(found(len(part.identities)))
+    # Up to token 352; tokens from 256 on are seen from there, rounded to the largest block.
+    assert parts == [
+        (64, 5, Reading.WITHOUT_WINDOWS),
+        (144, 5, Reading.WITHOUT_WINDOWS),
+        (224, 2, Reading.WITHOUT_WINDOWS),
+        (256, 5, Reading.ALL),
+        (336, 1, Reading.ALL),
+    ]
 
 
 # ------------------------------------------------------------------ a worker that departs
