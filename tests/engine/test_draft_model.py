@@ -10,6 +10,7 @@ from support.fakes.draft_cells import VOCABULARY, CellDrafter, CellTarget
 
 from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.decode_worker.policy import combined_policy, decode_policy
+from twostroke.engine.cache_manager import KvCacheManager
 from twostroke.engine.link.messages import CancelSequence
 from twostroke.engine.sequence import new_sequence
 from twostroke.engine.speculation.draft_model.catch_up import FIRST_TOKENS, LEAST_TOKENS, MOST_TOKENS, CatchUp
@@ -20,6 +21,9 @@ from twostroke.engine.speculation.draft_model.proposer import ModelProposer
 from twostroke.engine.speculation.drafting import Drafting
 from twostroke.engine.speculation.length import DraftLength
 from twostroke.engine.speculation.pace import DraftPace
+from twostroke.engine.speculation.speculation import Speculation
+from twostroke.kv.cache.pool import BlockPool
+from twostroke.kv.cache.prefix import PrefixCache
 
 PARAMS = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
 
@@ -153,6 +157,20 @@ def test_guesses_whose_blocks_are_given_back_before_they_are_judged_are_made_aga
     assert proposer_of(short).propose(short.tokens, 3) == (5, 6, 7)
 
 
+def test_no_more_is_guessed_than_the_step_has_rows():
+    pool = BlockPool(64, 16)
+    planner = planner_of()
+    speculation = Speculation(planner, 4, "draft_model")
+    decodes = [sequence_of(name, 20, planner) for name in "abc"]
+    for sequence in decodes:
+        sequence.num_computed, sequence.drafting.length.length = 19, 4
+        proposer_of(sequence).blocks = planner.holdings.pool.take(2)
+        proposer_of(sequence).num_computed = 19
+    plan = speculation.begin(decodes, 6, KvCacheManager(pool, PrefixCache(pool), b"key"), 0)
+    assert plan is not None
+    assert plan.lengths == (4, 2)
+
+
 def test_what_is_released_is_not_counted_when_its_guesses_come_true():
     planner = planner_of(num_blocks=4)
     one = sequence_of("a", 15, planner)
@@ -245,6 +263,10 @@ def test_chunks_follow_their_measured_times_within_bounds():
     assert catch_up.tokens == MOST_TOKENS
     catch_up.observe(100, 0.0)
     assert catch_up.tokens == MOST_TOKENS
+    disturbed = CatchUp(100.0)
+    disturbed.observe(64, 64.0)
+    disturbed.observe(100, 1000.0)  # one chunk of ten times the time counts for a fifth
+    assert disturbed.tokens == int(100.0 / 2.8)
     small = CatchUp(20.0, 32)  # steps of 32 tokens
     assert small.tokens == 32
     small.observe(32, 0.1)
