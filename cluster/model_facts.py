@@ -10,8 +10,8 @@ from ..core.request import Role
 from ..model.ops.device import chosen_kind, gpu_free_bytes
 from ..model.resolved import MemoryNeeds, ResolvedModel, needs_of_ranks, resolve, resolve_draft
 from ..router.api.defaults import SamplingDefaults, described
+from ..text.same_tokens import check_draft
 from ..text.tokenizer import Tokenizer
-from ..worker.speculation import check_draft
 from ..worker.state_memory import refuse_beside_states, refuse_role
 from .config import Config
 from .placement import ModelFacts
@@ -104,7 +104,7 @@ def _draft(config: Config, model: ResolvedModel) -> ResolvedModel | None:
         return None
     directory = located(config.speculation.draft_model, "speculation.model")
     draft = resolve_draft(directory, config.model, config.cache.codec, model.device)
-    check_draft(draft, Tokenizer.load(model.directory))
+    check_draft(draft.directory, Tokenizer.load(model.directory))
     return draft
 
 

@@ -1,13 +1,24 @@
-"""Whether two tokenizers have the same tokens, so that the ids of one model mean the same to another. Pure."""
+"""Whether two tokenizers have the same tokens, so that the ids of one model mean the same to another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from ..core.errors import ConfigError
 from .tokenizer import Tokenizer
 
 _SHOWN = 3  # differences that an error names
+
+
+def check_draft(directory: Path, tokenizer: Tokenizer) -> None:
+    """Check that the draft model in `directory` has the tokens of the served model, whose `tokenizer` this is.
+
+    Raises:
+        CheckpointError: the draft model has no tokenizer.
+        ConfigError: their tokenizers differ; says in what.
+    """
+    check_same_tokens(tokenizer, Tokenizer.load(directory), f"speculation.model is {directory}")
 
 
 def check_same_tokens(target: Tokenizer, draft: Tokenizer, setting: str) -> None:

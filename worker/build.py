@@ -30,6 +30,7 @@ from ..model.runner import Runner
 from ..model.weights.tensors import open_source, weights_fingerprint
 from ..text.grammar import GrammarCompiler
 from ..text.incremental import check_decoder
+from ..text.same_tokens import check_draft
 from ..text.tokenizer import Tokenizer
 from .adapters import ReadAdapter
 from .assembly import engine_core, face_facts
@@ -40,7 +41,7 @@ from .rank_order import RankOrder
 from .rank_work import Leader, SlicedStore
 from .ranks import Ranks
 from .settings import WorkerSettings
-from .speculation import check_draft, load_guessing, refuse_ranks, resolved_draft
+from .speculation import load_guessing, refuse_ranks, resolved_draft
 from .state_memory import refuse_beside_states, refuse_role
 
 LOAD_S = 600.0  # longest time for all ranks to load a large model
@@ -99,7 +100,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     pool_size = sized.pool
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
-    check_draft(draft, tokenizer)
+    if draft is not None:
+        check_draft(draft.directory, tokenizer)
     # many chat models name their end of turn in the tokenizer only
     resolved = replace(resolved.ends_with(tokenizer.eos_ids), max_model_len=sized.max_model_len)
     model = _model_facts(settings, resolved)

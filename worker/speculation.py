@@ -18,8 +18,6 @@ from ..model.drafter import ModelDrafter
 from ..model.loader import RunnerOptions, load_runner
 from ..model.resolved import DeviceKind, ResolvedModel, resolve_draft
 from ..model.runner import Runner
-from ..text.same_tokens import check_same_tokens
-from ..text.tokenizer import Tokenizer
 from .settings import WorkerSettings
 
 CATCH_UP_SHARE = 0.25  # of `step.target_ms`, for the draft model's chunks beside streams
@@ -57,17 +55,6 @@ def resolved_draft(settings: WorkerSettings, kind: DeviceKind) -> ResolvedModel 
     if directory is None or settings.num_ranks > 1:
         return None
     return resolve_draft(Path(directory), settings.model, settings.cache.codec, kind, built_library)
-
-
-def check_draft(draft: ResolvedModel | None, tokenizer: Tokenizer) -> None:
-    """Check that a draft model has the tokens of the served model, whose `tokenizer` this is.
-
-    Raises:
-        CheckpointError: the draft model has no tokenizer.
-        ConfigError: their tokenizers differ; says in what.
-    """
-    if draft is not None:
-        check_same_tokens(tokenizer, Tokenizer.load(draft.directory), f"speculation.model is {draft.directory}")
 
 
 def load_guessing(
