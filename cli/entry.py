@@ -13,7 +13,12 @@ def main() -> None:
     if interrupted is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # an exception could be swallowed by an import
     try:
-        from .main import main as run
+        from ..core.process_settings import uncollected
+
+        with uncollected():
+            from .main import program, run
+
+            app = program(sys.argv[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("twostroke"):
             raise
@@ -22,4 +27,4 @@ def main() -> None:
             "with `make setup`, or `pip install '.[all]'`, in twostroke's folder"
         )
     signal.signal(signal.SIGINT, interrupted)
-    run()
+    run(app)

@@ -9,6 +9,7 @@ import typer
 from ..cli import options as o
 from ..cluster.config import Config
 from ..core.errors import ConfigError
+from ..core.process_settings import uncollected
 from ..core.request import Role
 from ..engine.config import SpeculationConfig
 
@@ -55,8 +56,10 @@ def worker(
     from ..checkpoint.locate import located, served_name
     from ..cluster.discovery.sources import source_of
     from ..worker.machine import machine_facts
-    from ..worker.main import run_worker
     from ..worker.settings import WorkerSettings
+
+    with uncollected():
+        from ..worker.main import run_worker
 
     flags: dict[str, Any] = {
         "model": model,
@@ -135,7 +138,9 @@ def router(
     """
     settings = o.config_from(locals())
     from ..cluster.discovery.sources import sources_of_peers
-    from ..router.process import RouterProcess, run_router
+
+    with uncollected():
+        from ..router.process import RouterProcess, run_router
 
     check_key(settings)
     sources = sources_of_peers(settings.router)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # Source: malloc.h of glibc
 LARGE_BYTES = 256 << 10
@@ -25,6 +27,21 @@ def give_large_memory_back() -> None:
     mallopt(_MMAP_THRESHOLD, LARGE_BYTES)
     mallopt(_TRIM_THRESHOLD, LARGE_BYTES)
     mallopt(_ARENA_MAX, MAX_ARENAS)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import modules in this block: no collection runs, and later ones skip the objects that exist at its end.
+
+    Modules stay for good, and importing them starts collections over all that were imported before: with torch that is
+    a sixth of the time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def keep_present_objects() -> None:
