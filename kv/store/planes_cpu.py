@@ -20,7 +20,8 @@ from ..section import PlaneBuffer
 from ..spec import HASH_BLOCK_TOKENS, Component
 
 I64 = NDArray[np.int64]
-_TOUCHED_BYTES = 256 << 20  # of one component's payload per worker, in the blocks that a pool hands out first
+_TOUCHED_TOKENS = 32768  # per worker, in the blocks that a pool hands out first; their pages are mapped at the start
+_TOUCHED_BYTES = 256 << 20  # bound of the same, for one component's payload
 
 
 def _library() -> native.Library | None:
@@ -65,9 +66,10 @@ class CpuPlanes:
     def _touch(self, block_bytes: int) -> None:
         """Write zeros to the first blocks, so that the system maps their pages before the first prompts arrive.
 
-        Mapping them later took 2 % of the time of the first prompts.
+        Mapping them later took 2 % of the time of the first prompts. Mapping takes more than a second per GiB of the
+        start, which a small model would spend on more tokens than its first prompts have.
         """
-        first = slice(_TOUCHED_BYTES // block_bytes)
+        first = slice(min(_TOUCHED_BYTES // block_bytes, _TOUCHED_TOKENS // self.block_tokens))
         self.payload[:, first] = 0
         if self.scales is not None:
             self.scales[:, first] = 0
