@@ -1,8 +1,8 @@
 """Interrupts `twostroke serve` at random moments of its start: how long it takes to end, and what it leaves behind.
 
-    python bench/interrupts.py --launcher process --times 30
-    python bench/interrupts.py --launcher ray --times 30
-    python bench/interrupts.py --launcher process --times 10 --compile     # with an empty cache of kernels
+    python bench/starts/interrupts.py --launcher process --times 30
+    python bench/starts/interrupts.py --launcher ray --times 30
+    python bench/starts/interrupts.py --launcher process --times 10 --compile     # with an empty cache of kernels
 
 Right is: over within 2 s, exit status 130 (143 after SIGTERM), no process, no temporary file, no half-built library, no
 lock held. Every run has a temporary folder and a mark in its environment of its own, by which what is left is found.
