@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.clusters.leases import PATIENT
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch, SequenceKey
 from twostroke.decode_worker.pull import KvPull, KvPullTools
 from twostroke.engine.link.messages import WriteKv
@@ -75,8 +75,8 @@ class Bench:
     def __init__(self, spec, executor, **order):
         self.commands, self.lost, self.counters = [], None, Counter()
         self.stream, self.spec, self.sequence = Stream(), spec, 1
-        tools = KvPullTools(self, executor, KEY, spec, HANDOVER_LEASE, MonotonicClock(), self.counters)
-        fields = {"frame_slots": 8, "timeout_ms": 9000, "deterministic": True, "numerics_class": CLASS} | order
+        tools = KvPullTools(self, executor, KEY, spec, PATIENT, MonotonicClock(), self.counters)
+        fields = {"frame_slots": 8, "timeout_ms": 600_000, "deterministic": True, "numerics_class": CLASS} | order
         opening = pb.Open(prompt_ids=range(TOKENS), **fields)
         now_s = tools.clock.now_s()
         self.driver = ClientDriver(self.stream, tools.clock, executor, 0.1)

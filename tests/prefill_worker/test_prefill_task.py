@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support.clusters.leases import PATIENT
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.core.lease import HANDOVER_LEASE
 from twostroke.core.request import Epoch, FinishReason, SamplingParams, SequenceKey
 from twostroke.engine.link import messages as link
 from twostroke.kv.codec import Codec
@@ -57,8 +57,8 @@ class Bench:
         self.sequence = 0
         self.damages = {}  # reads (start, count) still to be spoilt, and how
         clock = MonotonicClock()
-        tools = PrefillTaskTools(self, executor, KEY, CLASS, HANDOVER_LEASE, clock, self.counters)
-        opening = LABEL.up(1, pb.Open(prompt_ids=range(TOKENS), frame_slots=8, timeout_ms=9000))
+        tools = PrefillTaskTools(self, executor, KEY, CLASS, PATIENT, clock, self.counters)
+        opening = LABEL.up(1, pb.Open(prompt_ids=range(TOKENS), frame_slots=8, timeout_ms=600_000))
         self.sequence = 1
         sender = Sender(opening, -(-frame_tokens // 16) * 16, 8, tools.timing, clock.now_s())
         key = SequenceKey("r/p1", 0)
