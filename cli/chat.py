@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -9,8 +10,11 @@ from rich.console import Console
 
 from ..client.calls import Options
 from ..client.client import Client
+from ..client.values import ModelCard
 from ..core.errors import TwostrokeError
 from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
+
+ASK_S = 5.0  # for the router to say what it serves
 
 
 def chat(
@@ -36,7 +40,13 @@ def chat(
     if temperature is not None:
         options["temperature"] = temperature
     tls = tls_of(tls_ca)
+    with Client(
+        grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=ASK_S
+    ) as client:
+        models = client.models()  # who is asked for a question must know that somebody answers
     with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key) as client:
+        if console.is_terminal:
+            console.print(_greeting(models, model, grpc), markup=False, highlight=False, style="dim")
         answer: str | None = ""
         while question := _question(console):
             messages.append({"role": "user", "content": question})
@@ -47,6 +57,11 @@ def chat(
                 messages.append({"role": "assistant", "content": answer})
     if answer is None:
         raise typer.Exit(1)
+
+
+def _greeting(models: Sequence[ModelCard], wanted: str | None, grpc: str) -> str:
+    served = wanted or ", ".join(card.id for card in models) or "no model yet"
+    return f"{served} at {grpc}; Ctrl-C stops an answer, Ctrl-D ends the chat"
 
 
 def _question(console: Console) -> str:

@@ -142,7 +142,7 @@ def _error_info(failure: RpcFailure) -> error_details_pb2.ErrorInfo | None:
 def _from_transport(code: grpc.StatusCode, message: str, target: str) -> TwostrokeError:
     match code:
         case grpc.StatusCode.UNAVAILABLE:
-            return Unavailable(f"{target}: {message}. {_hint(message)}", retry_after_s=TRANSPORT_RETRY_S)
+            return Unavailable(f"{target}: {_told(message)}. {_hint(message)}", retry_after_s=TRANSPORT_RETRY_S)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"{target} did not answer within the call's timeout_s")
         case grpc.StatusCode.CANCELLED:
@@ -162,6 +162,11 @@ def _from_transport(code: grpc.StatusCode, message: str, target: str) -> Twostro
             return InternalError(f"{target}: {code.name}: {message}")
 
 
+def _told(message: str) -> str:
+    """The message, less gRPC's words around the commonest one."""
+    return "connection refused" if message.endswith("Connection refused") else message
+
+
 def _hint(message: str) -> str:
     """Most likely cause of a refused connection. A refused mTLS handshake looks like any other failed connection."""
     lowered = message.lower()
@@ -173,6 +178,11 @@ def _hint(message: str) -> str:
         return "The TLS handshake failed: check that both sides use TLS and the certificates in tls=... (--tls-ca)."
     if "dns" in lowered or "resolution" in lowered:
         return "The host's name could not be resolved."
+    if lowered.endswith("connection refused"):
+        return (
+            "Is the server started (`twostroke serve` starts one, and says its addresses), and is this its gRPC "
+            "address (port 8001 by default)?"
+        )
     if "failed to connect" in lowered or "refused" in lowered:
         return (
             "Is the server started, and is this its gRPC address (port 8001 by default)? "

@@ -240,8 +240,10 @@ def test_another_machine_is_asked_in_the_clear_only_where_that_is_said(command: 
     assert "--insecure" in done.stderr
 
 
-def test_a_chat_with_nobody_says_so_in_its_exit_code():
+def test_a_chat_with_nobody_says_so_before_it_asks_for_a_question():
     (port,) = free_ports("127.0.0.1", 1)
-    for text, code in (("hello\n", 1), ("", 0)):
-        done = _twostroke("chat", "--grpc", f"127.0.0.1:{port}", stdin=text)
-        assert (done.returncode, f"127.0.0.1:{port}" in done.stdout) == (code, bool(text)), done.stderr
+    done = _twostroke("chat", "--grpc", f"127.0.0.1:{port}", stdin="hello\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"127.0.0.1:{port}: connection refused" in done.stderr
+    assert "`twostroke serve` starts one" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
