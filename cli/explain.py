@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -13,18 +13,48 @@ from rich.table import Table
 from rich.text import Text
 
 from ..client.client import Client
+from ..core.timeline import Instant
 from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 
+
+class Term(NamedTuple):
+    """A term of a candidate's cost."""
+
+    heading: str
+    meaning: str
+
+
 TERMS = {
-    "prefill_queue_ms": "queue P",
-    "prefill_ms": "prefill",
-    "transfer_ms": "move KV",
-    "decode_queue_ms": "queue D",
-    "load_penalty_ms": "load",
-    "throttle_ms": "slow",
-    "fetch_ms": "fetch",
-    "total_ms": "total",
+    "prefill_queue_ms": Term("queue P", "until the prefill worker begins with this prompt"),
+    "prefill_ms": Term("prefill", "computing the prompt's tokens that are not held"),
+    "transfer_ms": Term("move KV", "moving the prompt's KV cache to the decode worker"),
+    "decode_queue_ms": Term("queue D", "until the decode worker has a place for this request"),
+    "load_penalty_ms": Term("load", "what this request costs the others there, weighted"),
+    "throttle_ms": Term("slow", "what a throttled GPU adds"),
+    "fetch_ms": Term("fetch", "fetching cached KV from the worker before >>"),
+    "total_ms": Term("total", "the sum; the least one is chosen (>)"),
 }
+HELD = Term("held", "tokens of the prompt whose KV the worker has in its cache")
+INSTANTS = {
+    Instant.ARRIVED: "the router has read the request",
+    Instant.ADMITTED: "it is valid, tokenised and within its quotas",
+    Instant.ROUTED: "workers are chosen and the order is sent",
+    Instant.RECEIVED: "the decode worker has the order",
+    Instant.PROMISED: "it has promised room for the KV cache",
+    Instant.OFFERED: "the prefill worker has queued the prompt",
+    Instant.STARTED: "the prompt is next to be computed",
+    Instant.BOUND: "the decode worker has set memory aside for it",
+    Instant.PREFILL_BEGAN: "its first part is being computed",
+    Instant.PREFILLED: "all of it is computed",
+    Instant.FIRST_FRAME: "the first KV has reached the decode worker, intact",
+    Instant.FIRST_TOKEN: "the first token is there",
+    Instant.LAST_FRAME: "all KV of the prompt has reached the decode worker",
+    Instant.SECOND_TOKEN: "the second token is there",
+    Instant.LAST_TOKEN: "the last token is there",
+    Instant.FIRST_SENT: "the router has sent the client its first piece",
+    Instant.FINISHED: "the request is over",
+}
+LEFT = Term("left", "the router gave this worker up")
 MAX_CANDIDATES = 12  # lines of the table; --json has all
 LABEL, BAR = 30, 36  # columns of the timeline
 
@@ -38,6 +68,7 @@ def explain(
     tls_cert: Cert = None,
     tls_key: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole document.")] = False,
+    with_legend: Annotated[bool, typer.Option("--legend/--no-legend", help="Say what the words mean.")] = True,
 ) -> None:
     """Show the candidates of a request's routing with the terms of their cost, and the timeline of all its attempts."""
     tls = tls_of(tls_ca)
@@ -55,6 +86,10 @@ def explain(
     for part in attempts(told):
         console.print()
         console.print(part, no_wrap=True, crop=True)
+    if with_legend:
+        console.print()
+        for line in legend(told):
+            console.print(line, style="dim", markup=False, highlight=False)
 
 
 def summary(told: Mapping[str, Any]) -> Iterator[str]:
@@ -75,17 +110,13 @@ def candidates(choice: Mapping[str, Any]) -> Table:
     """All candidates of a choice, the winner marked, with predicted milliseconds by term. Fits in 80 columns."""
     shown = choice["candidates"][:MAX_CANDIDATES]
     left_out = len(choice["candidates"]) - len(shown)
-    terms = {
-        name: heading
-        for name, heading in TERMS.items()
-        if name in ("prefill_ms", "total_ms") or any(one.get(name) for one in choice["candidates"])
-    }
+    terms = _shown_terms(choice)
     caption = f"and {left_out} more: --json" if left_out else None
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     table.add_column("candidate (ms)", overflow="fold")
     table.add_column("held", justify="right", no_wrap=True)
-    for heading in terms.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for term in terms.values():
+        table.add_column(term.heading, justify="right", no_wrap=True)
     for one in shown:
         mark = "> " if one == choice["winner"] else "  "
         sources = one.get("fetched_from") or []
@@ -94,6 +125,31 @@ def candidates(choice: Mapping[str, Any]) -> Table:
         numbers = [_number(one.get(name) or 0.0) for name in terms]
         table.add_row(Text(mark + name), f"{one['prefill_held_tokens']:,}", *numbers)
     return table
+
+
+def _shown_terms(choice: Mapping[str, Any]) -> dict[str, Term]:
+    """Terms that some candidate has."""
+    always = ("prefill_ms", "total_ms")
+    return {
+        name: term
+        for name, term in TERMS.items()
+        if name in always or any(one.get(name) for one in choice["candidates"])
+    }
+
+
+def legend(told: Mapping[str, Any]) -> Iterator[str]:
+    """The meaning of each word that the candidates and the timeline of this request use, in the order of its life."""
+    dispatches = told.get("dispatches") or []
+    terms = [HELD, *_shown_terms(told["choice"]).values()] if told.get("choice") else []
+    marked = {name for each in (told, *dispatches) for name in each["timeline"]}
+    instants = [Term(name, meaning) for name, meaning in INSTANTS.items() if name in marked]
+    instants += [LEFT] if any(one.get("left") for one in dispatches) else []
+    width = max(len(term.heading) for term in (*terms, *instants))
+    if terms:
+        yield "candidates, in predicted milliseconds:"
+        yield from (f"  {term.heading:<{width}}  {term.meaning}" for term in terms)
+    yield "timeline, in milliseconds from one instant to the next:"
+    yield from (f"  {term.heading:<{width}}  {term.meaning}" for term in instants)
 
 
 def attempts(told: Mapping[str, Any]) -> Iterator[Text]:

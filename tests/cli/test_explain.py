@@ -13,10 +13,11 @@ from support.fakes.scripted_router import router, worker
 from support.fakes.scripted_worker import make_model
 from typer.testing import CliRunner
 
-from twostroke.cli.explain import BAR, attempts, candidates, summary
+from twostroke.cli.explain import BAR, INSTANTS, attempts, candidates, legend, summary
 from twostroke.cli.main import app
 from twostroke.core.errors import RequestNotFound
 from twostroke.core.request import Role
+from twostroke.core.timeline import Instant
 
 
 async def told(*workers: FakeWorker) -> dict[str, Any]:
@@ -97,6 +98,24 @@ async def test_the_summary_says_what_was_asked_and_given() -> None:
     assert "finished, length, first token after" in lines[0]
     assert lines[1] == "100 prompt tokens, 0 of them cached, 5 generated"
     assert lines[2] == f"choice: {found['choice']['reason']}"
+
+
+async def test_the_legend_explains_every_word_that_is_shown() -> None:
+    found = await told(FakeWorker("prefill-0", Role.PREFILL), FakeWorker("decode-0", Role.DECODE))
+    lines = list(legend(found))
+    assert max(map(len, lines)) <= 80
+    explained = {line[2:].split("  ")[0] for line in lines if line.startswith("  ")}
+    headings = drawn(candidates(found["choice"]))[0].replace("candidate (ms)", "").split()
+    assert set(headings) <= set(" ".join(explained).split())
+    spans = [line.split()[:3] for part in attempts(found) for line in drawn(part)[1:]]
+    assert {word for first, _, second in spans for word in (first, second)} <= explained
+    assert "move KV" in explained
+    assert "fetch" not in explained, "nothing is fetched here"
+
+
+def test_every_term_and_instant_has_a_meaning() -> None:
+    assert set(INSTANTS) == set(Instant)
+    assert all(len(f"  {name:<14}  {meaning}") <= 80 for name, meaning in INSTANTS.items())
 
 
 async def test_the_command_asks_a_router(tmp_path: Path) -> None:
