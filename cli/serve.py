@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import time
+from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -28,6 +31,8 @@ from .greeting import commands
 from .plans import DryRun, Machine, settings_remarks, shows_plan
 
 LEFT_EXIT = 1  # of a supervisor whose members serve on
+TICK_S = 1.0  # between two looks at what a start waits for
+FIRST_TOLD_S, TOLD_AGAIN_S = 3.0, 10.0  # of a wait, in a log
 
 console = Console(stderr=True, log_path=False, soft_wrap=True)
 
@@ -55,7 +60,7 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
     held = _held(config) if detached else None
     deployment: Deployment | None = None
     try:
-        with _Progress() as progress:
+        with Progress() as progress:
             folder = held or RunFolder(config.router.grpc_port)
             if held is None and not folder.is_held:
                 check_nobody_lives(folder)
@@ -73,7 +78,8 @@ async def _serve(config: Config, stop: Stop, *, detached: bool) -> int:
             num_living = len(deployment.living) if deployment is not None else 0
             what = f"adopting {num_living} processes" if num_living else f"starting {len(plan.members)} processes"
             progress.show(what)
-            await unless(stop.asked, supervisor.start())
+            async with _telling(progress, what, supervisor):
+                await unless(stop.asked, supervisor.start())
         is_served = True
         doors.ready()
         if not detached:
@@ -139,14 +145,15 @@ def _note(line: str) -> None:
         console.print(f"[{datetime.now():%H:%M:%S}] {line}", markup=False, highlight=False)
 
 
-class _Progress:
+class Progress:
     """Progress line of the start-up. Without a terminal, each kind of work is logged once."""
 
     def __init__(self) -> None:
         self._status = console.status("")
         self._said = ""
+        self._told_s = FIRST_TOLD_S
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         self._status.start()
         return self
 
@@ -160,6 +167,32 @@ class _Progress:
         if not console.is_terminal and work != self._said:
             _note(work)
         self._said = work
+
+    def wait(self, what: str, awaited: str, waited_s: float, most_s: float) -> None:
+        """Say what the start waits for and how long: on a terminal always, in a log from time to time."""
+        line = f"waiting for {awaited}: {waited_s:.0f} s of at most {most_s:g} s"
+        self._status.update(f"{what} … {line}")
+        if not console.is_terminal and waited_s >= self._told_s:
+            _note(line)
+            self._told_s = waited_s + TOLD_AGAIN_S
+
+
+@contextlib.asynccontextmanager
+async def _telling(progress: Progress, what: str, supervisor: Supervisor) -> AsyncIterator[None]:
+    """Within this block, say what the supervisor's start waits for."""
+
+    async def tell() -> None:
+        began_s, most_s = time.monotonic(), supervisor.config.cluster.ready_timeout_s
+        while True:
+            await asyncio.sleep(TICK_S)
+            if supervisor.awaited:
+                progress.wait(what, supervisor.awaited, time.monotonic() - began_s, most_s)
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 def _remarks(plan: Plan) -> list[str]:

@@ -48,6 +48,8 @@ async def prepare(config: Config, show: Show) -> tuple[Config, Plan]:
     """
     check_ports(config.router)  # not as shared ones: other routers on them would share our clients
     _check_launcher(config)
+    if config.cluster.launcher == "ray":
+        show("loading Ray")
     await asyncio.to_thread(launcher_class, config)  # importing an engine takes seconds; the loop must handle signals
     config = await asyncio.to_thread(_with_checkpoint, config)
     config = await _with_kernels(config, show)

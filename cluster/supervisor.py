@@ -43,6 +43,7 @@ _WATCH_S = 1.0  # otherwise
 _STOPPED_S = 0.1  # between two looks at the processes themselves
 _START_TRIES = 3
 _SILENT_LOOKS = 4  # per router: so many looks in a row without an answer count against all routers
+_SHOWN_MEMBERS = 4  # of those that a start waits for
 _END_S = 3.0  # from the end of a process until its launcher has reported it
 
 
@@ -119,6 +120,13 @@ class Supervisor:
     def model_name(self) -> str:
         """Name that clients call the model."""
         return self._plan.model.name
+
+    @property
+    def awaited(self) -> str:
+        """What a start waits for now, for people: the launcher's own start, or members that do not serve yet."""
+        late = self._late()
+        shown = [*late[:_SHOWN_MEMBERS], *([f"{len(late) - _SHOWN_MEMBERS} more"] if late[_SHOWN_MEMBERS:] else [])]
+        return self._launcher.opening() or ", ".join(shown)
 
     async def start(self) -> None:
         """Start every member and wait until all of them serve.
@@ -304,10 +312,14 @@ class Supervisor:
         self._news.set()
         self._news = asyncio.Event()
 
+    def _late(self) -> list[str]:
+        return [name for name in self._members.plans if self._members.standing(name) is not Standing.READY]
+
     def _lateness(self, patience_s: float) -> str:
         """Message about members that are not ready: the last line of each one's log, and the remedy."""
-        late = [name for name in self._members.plans if self._members.standing(name) is not Standing.READY]
-        said = [f"{name} (its last line: {line})" if (line := self._launcher.said(name)) else name for name in late]
+        said = [
+            f"{name} (its last line: {line})" if (line := self._launcher.said(name)) else name for name in self._late()
+        ]
         return (
             f"not ready within {patience_s:g} s: {', '.join(said)}; a large model or a slow disk needs more: "
             "raise cluster.ready_timeout_s (TWOSTROKE__CLUSTER__READY_TIMEOUT_S)"

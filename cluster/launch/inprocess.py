@@ -97,6 +97,10 @@ class InProcessLauncher:
         for watcher in self._watchers:
             watcher.cancel()
 
+    def opening(self) -> str:
+        """Always empty: nothing comes before the members."""
+        return ""
+
     def said(self, _: str) -> str:
         """Always empty: members log to this process's log."""
         return ""

@@ -116,6 +116,10 @@ class Launcher(Protocol):
         """Let go of all members; those of a deployment run on. The caller's process ends next."""
         ...
 
+    def opening(self) -> str:
+        """What this launcher itself waits for now before it can start members, for people; empty: nothing."""
+        ...
+
     def said(self, name: str) -> str:
         """Last line of a running member's log; empty if there is none."""
         ...

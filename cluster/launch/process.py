@@ -159,6 +159,10 @@ class ProcessLauncher:
         if self._spawning:
             await asyncio.wait(self._spawning, timeout=_ABORT_S)
 
+    def opening(self) -> str:
+        """Always empty: nothing comes before the members."""
+        return ""
+
     def said(self, name: str) -> str:
         """The last error in a member's log, else its last line."""
         return cause_of(MemberLog(self._directory, name).tail())

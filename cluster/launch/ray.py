@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import TwostrokeError, Unavailable
 from ...core.hosted import Hosted
+from ...core.process_settings import uncollected
 from ...core.request import Role
 from ...core.tls.callers import Caller
 from ...core.tls.config import TlsConfig
@@ -54,7 +55,7 @@ class RayLauncher:
         self._site = site
         self._session = RaySession(site.config.cluster.ray_address, site.namespace or NAMESPACE)
         self._wishes = Wishes(site.namespace or NAMESPACE)
-        self._opened = False
+        self._opened = self._is_opening = False
         self._executor = ThreadPoolExecutor(1, "ray")  # Ray's processes end with the thread that started them
         self._callers = ThreadPoolExecutor(_CALLERS, "ray-call")
         self._actors: dict[str, Any] = {}
@@ -84,7 +85,11 @@ class RayLauncher:
 
     async def _open(self) -> None:
         if not self._opened:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
+            self._is_opening = True
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._executor, self._session.open)
+            finally:
+                self._is_opening = False
             self._opened = True
 
     def _watch_from_now(self, name: str, actor: Any, ended: Ended) -> None:
@@ -188,6 +193,10 @@ class RayLauncher:
         for watcher in self._watchers.values():
             watcher.cancel()
 
+    def opening(self) -> str:
+        """Ray, while it starts or is joined."""
+        return self._session.description if self._is_opening else ""
+
     def said(self, _: str) -> str:
         """Always empty: the output of actors is in Ray's own files."""
         return ""
@@ -245,7 +254,8 @@ class _BuildRouter:
         self._settings, self._key, self._reads_defaults, self._tls = settings, key, reads_defaults, tls
 
     def __call__(self) -> RouterProcess:
-        from ...router.process import RouterProcess
+        with uncollected():
+            from ...router.process import RouterProcess
 
         return RouterProcess(self._settings, self._key, reads_defaults=self._reads_defaults, tls=self._tls)
 
@@ -258,8 +268,10 @@ class _BuildWorker:
 
     def __call__(self) -> WorkerProcess:
         from ...checkpoint.locate import located_on_node
-        from ...worker.main import prepare_process
-        from ...worker.process import WorkerProcess
+
+        with uncollected():
+            from ...worker.main import prepare_process
+            from ...worker.process import WorkerProcess
 
         prepare_process()
         update: dict[str, object] = {"model_directory": str(located_on_node(self._settings.model_directory))}

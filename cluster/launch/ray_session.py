@@ -67,6 +67,13 @@ class RaySession:
         """True if the Ray is somebody else's, which may have several machines."""
         return self._address is not None
 
+    @property
+    def description(self) -> str:
+        """What `open` waits for, for people."""
+        if self._address:
+            return f"the Ray at {self._address}"
+        return "Ray on this machine (mostly 3 to 6 s, up to 90 s where it is busy; --launcher process needs no Ray)"
+
     def open(self) -> None:
         """Start or join Ray. Takes 3 to 6 seconds, on a busy machine up to a minute and a half.
 

@@ -34,7 +34,7 @@ from twostroke.cluster.supervisor import Supervisor
 async def live():
     config = load_config(flags={"cluster.launcher": "process", "router.port": 0, "router.grpc_port": 0})
     config, plan = await prepare(config, print)
-    Supervisor(config, plan)
+    await Supervisor(config, plan).abort()
 
 asyncio.run(live())
 """
