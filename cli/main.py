@@ -97,7 +97,8 @@ def __getattr__(name: str) -> typer.Typer:
     """`app`: the command line with all commands, made on first use."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, _with_commands(COMMANDS))
+    globals()[name] = made = _with_commands(COMMANDS)
+    return made
 
 
 def run(app: typer.Typer) -> None:
