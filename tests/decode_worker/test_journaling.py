@@ -131,7 +131,9 @@ def test_nothing_is_offered_before_its_kv_is_here() -> None:
     assert calls.offered() == []
     journaling.grew(KEY, [2], has_kv=True)
     assert calls.offered() == [64]
-    assert list(calls.waiting[0][0].token_ids) == list(range(64))
+    told = calls.waiting[0][0]
+    assert list(told.token_ids) == list(range(64))
+    assert (told.isolation_domain, told.identity_root, told.address) == ("t", b"root", "me:1")
 
 
 def test_a_run_that_is_over_is_offered_no_more_and_its_offer_is_awaited() -> None:

@@ -59,6 +59,9 @@ async def test_an_engine_scores_sampled_prompts_when_it_is_idle(write_tiny, make
         engine = Engine(core, runner, runner.store, link, MonotonicClock(), guard=watched)
         engine.start()
         params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+        # Of an adapter, which the guard does not compute. It is refused: the engine has no room for it.
+        adapted = SamplingParams(max_tokens=10_000)
+        link.send(Submit(SequenceKey(name, 0), Source.LOCAL, PROMPT, (), b"root", adapted, adapter_slot=1))
         keys = [SequenceKey(f"{name}{i}", 0) for i in range(4)]
         for i, key in enumerate(keys):
             link.send(Submit(key, Source.LOCAL, PROMPT[i:], (), b"root", params))
@@ -76,6 +79,6 @@ async def test_an_engine_scores_sampled_prompts_when_it_is_idle(write_tiny, make
         link.send(Stop())
         assert await asyncio.to_thread(engine.join, TIMEOUT_S)
     assert told["plain"] == told["guarded"]
-    assert counters["kv_guard_exceeded"] == exceeded
+    assert (counters["kv_guard_exceeded"], counters["kv_guard_dropped"]) == (exceeded, 0)
     assert sum(spreads["kv_guard_nats"].counts) == 4
     assert spreads["kv_guard_nats"].total > 0

@@ -1,11 +1,15 @@
-"""Blocks.Keep: who leaves is kept nothing for, and a worker that drains keeps nothing."""
+"""Blocks.Keep: who leaves is kept nothing for, a worker that drains keeps nothing, and copies are in nobody's way."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
-from twostroke.core.request import CacheScope, Role
+from twostroke.core.request import CacheScope, Role, SequenceKey
+from twostroke.engine.link.messages import Source
+from twostroke.kv.keys import PromptNames
 from twostroke.protos import handover_pb2
+from twostroke.worker.blocks.copies import KEEP_S, LOWEST, Copied, KeepTask
 from twostroke.worker.blocks.fetch import FetchService
 
 
@@ -37,6 +41,16 @@ async def test_a_copy_ends_when_its_caller_leaves(start_worker, make_prompt, all
     assert buddy.counters["fetch_silent"] == 0, "it ended before the source was given up"
     assert buddy.counters["keeps_failed"] == 1
     await all_free(source, buddy)
+
+
+def test_a_copy_goes_behind_all_else_and_ends_in_time():
+    sent = []
+    dispatcher = SimpleNamespace(own=lambda key, owner: None, send=sent.append)
+    tools = SimpleNamespace(dispatcher=dispatcher, clock=SimpleNamespace(now_s=lambda: 100.0))
+    copied = Copied(SequenceKey("keep/1", 0), CacheScope("tests", b""), PromptNames(b"root", ()), (1,) * 16, "a:1")
+    KeepTask(copied, None, tools, None, None).start()
+    (submit,) = sent
+    assert (submit.priority, submit.deadline_s, submit.source) == (LOWEST, 100.0 + KEEP_S, Source.PEER)
 
 
 async def test_a_draining_worker_keeps_nothing(start_worker, make_prompt):
