@@ -7,9 +7,11 @@ from twostroke.engine.link.draining import Draining
 
 async def test_it_ends_when_nothing_runs_and_at_its_deadline():
     draining, idle = Draining(), asyncio.Event()
-    assert await draining.until(idle, 0.01)
+    async with asyncio.timeout(60.0):
+        assert await draining.until(idle, 0.01)
     idle.set()
-    assert await draining.until(idle, 60.0)
+    async with asyncio.timeout(60.0):
+        assert await draining.until(idle, 3600.0)
     assert draining.is_on
 
 
