@@ -20,6 +20,8 @@ class Cluster:
         self.rolling, self.num_owned, self.room, self.num_to_come = False, 2, room, num_to_come
         self.added: list[str] = []
         self.wanted: list[int] = []
+        self.silent: set[str] = set()
+        self.withdrawn: list[str] = []
 
     def observation(self) -> str:
         return "seen"
@@ -35,7 +37,10 @@ class Cluster:
         return f"asked for {num_more} more"
 
     def is_serving(self, name: str) -> bool:
-        return True
+        return name not in self.silent
+
+    async def withdraw(self, name: str) -> None:
+        self.withdrawn.append(name)
 
     def serving_by_role(self) -> dict[str, int]:
         return {}
@@ -91,6 +96,19 @@ async def test_while_workers_restart_one_by_one_nothing_is_seen_or_changed() -> 
     cluster.rolling = False
     await scaler.turn()
     assert len(cluster.added) == 3
+
+
+async def test_a_started_worker_that_does_not_serve_in_time_is_taken_back_once() -> None:
+    cluster, clock = Cluster(room=3), Clock()
+    scaler, planner = arm(cluster, clock, start_timeout_s=60.0)
+    cluster.silent = {"decode-1"}
+    await scaler.turn()
+    planner.decide = lambda *_: Decision(clock.now, HOLD, "planted")  # type: ignore[method-assign,misc]
+    for after_s, withdrawn in ((59.0, []), (2.0, ["decode-1"]), (60.0, ["decode-1"])):
+        clock.now += after_s
+        await scaler.turn()
+        assert cluster.withdrawn == withdrawn
+    assert planner.refusals == [(1, "decode-1 did not serve within 60 s")]
 
 
 async def test_workers_wait_for_machines_that_may_come_and_the_whole_is_asked_for_in_every_turn() -> None:
