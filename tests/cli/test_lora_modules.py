@@ -68,6 +68,8 @@ def test_the_flag_takes_several_values_as_vllms_does():
         *("--lora-modules", "c=/z", "--lora-modules", "d=/w", "-tp", "2"),
     ]
     assert translated(["serve", "model", "--lora-modules", "a=/x", "rest"], print)[-1] == "rest"
+    others = ["serve", "--lora-modules", "a=/x", "--speculative-config", '{"method": "ngram"}', "--config", "a=b.yaml"]
+    assert translated(others, print) == others, "values of other flags"
 
 
 def test_memory_is_kept_for_adapters_only_where_there_can_be_some():
