@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from twostroke.core.clock import MonotonicClock
-from twostroke.core.request import SequenceKey
+from twostroke.core.request import CacheScope, SequenceKey
 from twostroke.engine.facts import FaceFacts, ModelFacts
 from twostroke.engine.link.messages import BlocksFetched, Reading
 from twostroke.kv.block import BlockIdentity
@@ -23,7 +23,7 @@ from twostroke.kv.section import SectionData
 from twostroke.kv.spec import WindowedLayers, attention_spec
 from twostroke.protos.handover_pb2 import FetchRequest
 from twostroke.worker.blocks.departing import Departing
-from twostroke.worker.blocks.fetch import MAX_IDENTITIES, FetchAnswer, FetchPart, FetchService, why_malformed
+from twostroke.worker.blocks.fetch import MAX_IDENTITIES, FetchAnswer, FetchPart, FetchService, select, why_malformed
 
 SPEC = attention_spec(num_layers=1, kv_heads=1, head_dim=8, codec=Codec.BF16)
 MODEL = ModelFacts("m", "", 100, 1024, frozenset({1}), b"w" * 16, b"class", "here", True, SPEC)
@@ -58,6 +58,22 @@ def found(num_blocks: int) -> BlocksFetched:
 )
 def test_a_malformed_request_is_told_why(changes: dict[str, Any], why: str) -> None:
     assert why_malformed(wanted(**changes)) == why
+
+
+def test_wanted_layers_and_heads_are_cut_out_with_their_digests() -> None:
+    payload = np.arange(4 * 3 * 16 * 2, dtype=np.uint16).astype(np.uint8).reshape(4, 3, 16, 2)
+    digests = np.arange(12, dtype=np.uint64).reshape(4, 3, 1)
+    section = SectionData("main", "k", 2, 4, 1, 3, int(Codec.BF16), 2, payload, None, digests)
+    (cut,) = select([section], wanted(layer_start=3, layer_count=2, head_start=2, head_count=1))
+    assert (cut.layer_start, cut.layer_count, cut.head_start, cut.head_count) == (3, 2, 2, 1)
+    assert np.array_equal(cut.payload, payload[1:3, 1:2])
+    assert np.array_equal(cut.digests, digests[1:3, 1:2])
+
+
+def test_blocks_are_read_from_the_chains_of_the_request_s_own_domain() -> None:
+    roots = [FetchAnswer(wanted(isolation_domain=name), FACTS, Counter()).root for name in ("tests", "others")]
+    assert roots == [FACTS.namer.root(CacheScope(name, b"")) for name in ("tests", "others")]
+    assert roots[0] != roots[1]
 
 
 @pytest.mark.parametrize(
