@@ -167,7 +167,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_window_lives.py"),
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
-    "decode_worker/pairs": ("tests/worker/test_paired_workers.py",),
+    "decode_worker/pairs": ("tests/decode_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "prefill_worker/pairs": ("tests/prefill_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "decode_worker/pull": (
         "tests/decode_worker/test_pull.py",

@@ -92,11 +92,6 @@ MUTANTS = [
     Mutant(_SCALER, "now_s - each[1] > self._config.start_timeout_s]", "now_s - each[1] > 1000 * LOOK_S]"),
     Mutant(_SCALER, "                await self._changes.withdraw(name)\n", ""),
     Mutant("cluster/operations/departures.py", "        if departure is None:\n", "        if False:\n"),
-    Mutant(
-        "cluster/operations/departures.py",
-        "            if self._going.get(name) is not departure:\n",
-        "            if False:\n",
-    ),
     Mutant(_OBJECTS, '"metadata": {"resourceVersion": version}, ', ""),
     # Doors and words.
     Mutant("router/api/http/page.py", "origin=escape(origin)", "origin=origin"),
