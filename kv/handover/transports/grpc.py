@@ -167,6 +167,13 @@ class FetchStream:
             self._call.cancel()
 
 
+MAX_CHANNELS = 64
+"""Beyond so many, channels without a connection are closed: workers that start again have other addresses."""
+
+UNUSED_S = 60.0
+"""For so long nothing was begun on a channel that is closed: a new call may not have begun to connect yet."""
+
+
 class Channels:
     """One channel per peer address, kept for all hand-overs to it."""
 
@@ -175,13 +182,18 @@ class Channels:
         self._key = key
         self._tls = tls
         self._channel_by_address: dict[str, grpc.aio.Channel] = {}
+        self._used_s: dict[str, float] = {}  # when a channel was last asked for
+        self._closing: set[asyncio.Task[None]] = set()
 
     def to(self, address: str) -> grpc.aio.Channel:
         """The channel to `address` (host:port), opened at the first use."""
         channel = self._channel_by_address.get(address)
         if channel is None:
+            if len(self._channel_by_address) >= MAX_CHANNELS:
+                self._close_unconnected()
             channel = InsideChannel(address, self._key, CHANNEL_OPTIONS, self._tls)
             self._channel_by_address[address] = channel
+        self._used_s[address] = asyncio.get_running_loop().time()
         return channel
 
     def transfer(self, address: str) -> ClientStream:
@@ -225,8 +237,18 @@ class Channels:
     async def close(self) -> None:
         """Close every channel; streams that are still open end."""
         channels, self._channel_by_address = list(self._channel_by_address.values()), {}
-        for channel in channels:
-            await channel.close()
+        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
+
+    def _close_unconnected(self) -> None:
+        """Close the channels that carry nothing."""
+        now_s = asyncio.get_running_loop().time()
+        connected = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.CONNECTING)
+        for address, channel in list(self._channel_by_address.items()):
+            if now_s - self._used_s[address] >= UNUSED_S and channel.get_state() not in connected:
+                del self._channel_by_address[address], self._used_s[address]
+                closing = asyncio.create_task(channel.close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
 
 
 def handlers(
