@@ -78,7 +78,7 @@ def quantize(
     counts = calibration_tokens // window, evaluation_tokens // window
     windows, evaluated = _windows(tokenizer, calibration, evaluation, window, counts)
     named = calibration.name if calibration else SHIPPED
-    texts = Texts(windows, evaluated, named, evaluation.name if evaluation else f"{named}, not calibrated on")
+    texts = Texts(windows, evaluated, named, evaluation.name if evaluation else f"{named}, held out")
     screen = Console(stderr=True)
     columns = TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=screen) as bar:

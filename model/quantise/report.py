@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .layer import MatrixError
+from .scheme import CALIBRATED
 from .stream import Comparison
 
 
@@ -17,7 +18,7 @@ class Report:
 
     method: str
     scheme: str
-    calibration: str
+    calibration: str  # the text whose inputs of matrices were seen
     evaluation: str
     original_bytes: int
     quantised_bytes: int
@@ -38,7 +39,7 @@ class Report:
         c, sizes = self.comparison, [size / 2**20 for size in (self.quantised_bytes, self.original_bytes)]
         return [
             f"{self.method}: {self.scheme}",
-            f"calibrated on {self.calibration}",
+            self._use_of_text(),
             f"compared on {self.evaluation}, activations rounded as the config asks",
             f"perplexity {c.perplexity:.4f}, original {c.original_perplexity:.4f} "
             f"({c.perplexity / c.original_perplexity - 1:+.3%})",
@@ -46,6 +47,11 @@ class Report:
             f"weights {sizes[0]:,.2f} MiB, original {sizes[1]:,.2f} MiB ({sizes[0] / sizes[1]:.1%})",
             *self.remarks,
         ]
+
+    def _use_of_text(self) -> str:
+        if self.method in CALIBRATED:
+            return f"calibrated on {self.calibration}"
+        return f"rounded to nearest, not calibrated; output errors are of {self.calibration}"
 
     def text(self) -> str:
         """Summary and all matrices. Errors are shares of the original's squared size."""

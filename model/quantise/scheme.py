@@ -14,6 +14,7 @@ from ...core.errors import ConfigError
 MethodName = Literal["rtn", "fp8", "int8", "smoothquant", "awq", "gptq", "nvfp4", "mxfp4"]
 METHODS: tuple[MethodName, ...] = ("rtn", "fp8", "int8", "smoothquant", "awq", "gptq", "nvfp4", "mxfp4")
 WEIGHT_ONLY: tuple[MethodName, ...] = ("rtn", "awq", "gptq")
+CALIBRATED: tuple[MethodName, ...] = ("awq", "gptq", "smoothquant")  # the others round each weight by itself
 GROUP = 128  # columns per scale at 3 and 4 bits, or the largest divisor below
 LEAST_GROUP = 16  # smaller groups cost more bits for scales than they save
 BLOCK = (128, 128)

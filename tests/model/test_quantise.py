@@ -173,6 +173,7 @@ def test_the_written_folder_is_whole_and_says_what_it_cost(form: Callable[[str],
     assert len(report["matrices"]) == 7
     assert all(0 < matrix["output"] < 0.1 for matrix in report["matrices"])
     assert f"{report['comparison']['perplexity']:.4f}" in (folder / REPORT_TEXT).read_text()
+    assert "rounded to nearest, not calibrated" in (folder / REPORT_TEXT).read_text()
 
 
 @pytest.mark.parametrize(
