@@ -107,6 +107,8 @@ def show_fits(config: Config, shape: MachineShape, out: Console) -> None:
         served = "yes" if fit.is_served else "no" if fit.num_ranks == 1 else "no: one GPU per worker"
         table.add_row(str(fit.num_ranks), mib(fit.weight_bytes), *shown, f"{fit.read_ms(shape.gpu):.2f} ms", served)
     out.print(table)
+    if config.model.adapter_bytes:
+        out.print(f"adapters {mib(config.model.adapter_bytes)} per worker beside the weights (model.max_lora_bytes)")
     if found[0].is_possible:
         out.print("note: a worker fits 1 GPU of this kind, and this release runs workers of one GPU")
         return
@@ -158,9 +160,12 @@ def show_plan(config: Config, plan: Plan, out: Console, nodes: Sequence[Node], *
         out.print(
             f"{spare} {'GPU has' if spare == 1 else 'GPUs have'} no worker; --prefill and --decode ask for more workers"
         )
-    taken = (plan.model.weight_bytes + plan.pool.pool_bytes) / 2**20
+    taken = (plan.model.weight_bytes + plan.model.adapter_bytes + plan.pool.pool_bytes) / 2**20
+    adapters = ", adapters" if plan.model.adapter_bytes else ""
     share = "its share of what is free now" if is_here else "its share of a GPU that nobody else uses"
-    out.print(f"each worker takes {taken:,.0f} MiB for weights and KV pool, as requests fill it; at most: {share}")
+    out.print(
+        f"each worker takes {taken:,.0f} MiB for weights{adapters} and KV pool, as requests fill it; at most: {share}"
+    )
     out.print(f"computes in {plan.model.arithmetic}")
     out.print(f"pool of each worker: {plan.pool.arithmetic}")
     if plan.free_places:
@@ -206,6 +211,11 @@ def _show_model(config: Config, model: ModelFacts, out: Console) -> None:
         f"KV {model.kv_spec.bytes_per_token:,} bytes/token"
         + (f" · recurrent state {model.state_bytes:,} bytes/sequence" if model.state_bytes else "")
     )
+    if model.adapter_bytes:
+        out.print(
+            f"adapters {model.adapter_bytes / 2**20:,.1f} MiB per worker, kept for them beside the weights "
+            f"(model.max_lora_bytes): at most {config.model.max_loras} at once"
+        )
     if config.speculation.method is not None:
         most = config.speculation.num_speculative_tokens
         out.print(f"speculation: {config.speculation.method}, at most {most} guessed tokens per sequence and step")

@@ -63,6 +63,8 @@ def status(
     console.print(_table(cluster))
     for line in models_of(cluster):
         console.print(line, markup=False, highlight=False)
+    for line in adapter_memory(cluster):
+        console.print(line, markup=False, highlight=False)
     if cluster.get("pairs"):
         console.print(_pairs(cluster))
     if any(worker.get("gpus") for worker in cluster["workers"]):
@@ -115,6 +117,18 @@ def models_of(cluster: dict[str, Any]) -> list[str]:
         f"{live[name]} of its {known[name]} decode workers {'is' if live[name] == 1 else 'are'} live"
         for name in sorted(known, key=lambda name: (name in bases, name))
     ]
+
+
+def adapter_memory(cluster: dict[str, Any]) -> list[str]:
+    """A line for each worker that holds adapters, with their memory beside the weights."""
+    lines = []
+    for worker in cluster["workers"]:
+        sizes = {adapter["digest"]: adapter["size_bytes"] for adapter in worker.get("adapters") or ()}
+        if sizes:
+            what = "adapter" if len(sizes) == 1 else "adapters"
+            taken = sum(sizes.values()) / 2**20
+            lines.append(f"{worker['worker_id']} holds {len(sizes)} {what} in {taken:,.1f} MiB beside its weights")
+    return lines
 
 
 def _planner(told: dict[str, Any]) -> str:

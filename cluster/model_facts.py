@@ -45,6 +45,7 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
         kv_spec=most.kv_spec,
         step_bytes=most.step_bytes,
         state_bytes=most.state_bytes,
+        adapter_bytes=most.adapter_bytes,
         max_model_len=model.max_model_len,
         asked_max_model_len=config.model.max_model_len,
         remarks=(*model.spec.remarks, *_gpu_remarks(model)),

@@ -23,6 +23,7 @@ class MemoryFacts:
     process_bytes: int = 0  # the interpreter and its libraries
     activation_bytes: int = 0  # intermediate values of the largest step
     state_bytes: int = 0  # recurrent states
+    adapter_bytes: int = 0  # kept for adapters
     device_bytes: int | None = None  # of the whole device, of which others may have shares too; None: not known
 
 
@@ -60,6 +61,7 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     swap_bytes = 0 if facts.swaps_elsewhere else facts.swap_bytes
     ring_bytes = 0 if facts.swaps_elsewhere else facts.ring_bytes
     others = facts.process_bytes + facts.activation_bytes + swap_bytes + ring_bytes + facts.state_bytes
+    others += facts.adapter_bytes
     left = facts.memory_bytes - facts.weight_bytes - others
     by_memory = int(max(0, left) * fraction) // block_bytes
     by_tokens = None if max_tokens is None else max_tokens // block_tokens
@@ -72,7 +74,8 @@ def size_pool(spec: KvSpec, block_tokens: int, max_tokens: int | None, fraction:
     process = f" − process {_mib(facts.process_bytes)}" if facts.process_bytes else ""
     steps = f" − activations {_mib(facts.activation_bytes)}" if facts.activation_bytes else ""
     states = f" − recurrent states {_mib(facts.state_bytes)}" if facts.state_bytes else ""
-    taken = f"{process} − weights {_mib(facts.weight_bytes)}{steps}{states}{swap}{rings}"
+    adapters = f" − adapters {_mib(facts.adapter_bytes)}" if facts.adapter_bytes else ""
+    taken = f"{process} − weights {_mib(facts.weight_bytes)}{adapters}{steps}{states}{swap}{rings}"
     arithmetic = (
         f"memory {_mib(facts.memory_bytes)}{taken} = {_mib(left)}; "
         f"× {fraction:g} ÷ ({spec.bytes_per_token:,} bytes/token × {block_tokens} tokens/block) "
@@ -96,6 +99,8 @@ def _remedy(facts: MemoryFacts, left: int, fraction: float, block_bytes: int) ->
         return f"The weights alone leave nothing, whatever the cache's settings: use {_either(ways)}"
     if fraction < 1 and left >= block_bytes:
         ways.append("a larger cache.memory_fraction")
+    if facts.adapter_bytes:
+        ways.append("less model.max_lora_bytes")
     if facts.activation_bytes:
         ways.append("less step.max_num_batched_tokens or step.max_num_seqs")
     if facts.swap_bytes and not is_gpu:

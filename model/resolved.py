@@ -52,11 +52,12 @@ class ResolvedModel:
 class MemoryNeeds:
     """Needs of all ranks of a worker together."""
 
-    weight_bytes: int  # with what is kept for adapters
+    weight_bytes: int
     kv_spec: KvSpec
     max_model_len: int
     step_bytes: StepBytes = NO_STEP
     state_bytes: int = 0  # of a sequence's recurrent state
+    adapter_bytes: int = 0  # kept for adapters
 
 
 def needs_of_ranks(
@@ -73,10 +74,11 @@ def needs_of_ranks(
     """
     rank = shard_spec(model.spec, Shard(0, num_ranks))
     if num_ranks == 1:
-        held = model.weight_bytes + settings.adapter_bytes
         steps, states = step_bytes(model.spec, model.dtype), model.spec.state_spec
         state_bytes = 0 if states is None else states.num_bytes
-        needs = MemoryNeeds(held, model.kv_spec, model.max_model_len, steps, state_bytes)
+        needs = MemoryNeeds(
+            model.weight_bytes, model.kv_spec, model.max_model_len, steps, state_bytes, settings.adapter_bytes
+        )
         return needs if draft is None else _with_draft(needs, draft)
     refuse_adapters(settings, num_ranks)
     weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels, part=True)

@@ -61,6 +61,11 @@ class ModelNeeds(Protocol):
         ...
 
     @property
+    def adapter_bytes(self) -> int:
+        """Memory that is kept for adapters."""
+        ...
+
+    @property
     def state_bytes(self) -> int:
         """Memory of a sequence's recurrent state; 0: the model has none."""
         ...
@@ -97,7 +102,7 @@ def size_worker(
     """
     seats_given = "max_num_seqs" in step.model_fields_set
     step, decisions = decided_step(step, device, device_bytes)
-    left = memory_bytes - model.weight_bytes
+    left = memory_bytes - model.weight_bytes - model.adapter_bytes
     states = decided_states(model.state_bytes, step, cache, left, given=seats_given)
     if states.num_states:
         step = step.model_copy(update={"max_num_seqs": states.max_num_seqs})
@@ -118,6 +123,7 @@ def size_worker(
         # On a CPU the half of the memory that the pool leaves is for them, too.
         activation_bytes=activation_bytes if device == "cuda" else 0,
         state_bytes=states.num_bytes,
+        adapter_bytes=model.adapter_bytes,
         device_bytes=device_bytes if device == "cuda" else None,
     )
     given = cache

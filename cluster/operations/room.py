@@ -147,14 +147,15 @@ class Room:
             where = f"GPU {place.gpu} has"
         if have >= needed:
             return ""
+        adapters = f"{model.adapter_bytes >> 20:,} for adapters, " if model.adapter_bytes else ""
         return (
             f"{where} {have >> 20:,} MiB free, and a worker takes {needed >> 20:,}: {model.weight_bytes >> 20:,} for "
-            f"weights, {pool.pool_bytes >> 20:,} for KV, the rest for its process"
+            f"weights, {adapters}{pool.pool_bytes >> 20:,} for KV, the rest for its process"
         )
 
     def _bytes_of(self, place: ProcessPlan) -> int:
         """Memory of a worker, of its device."""
-        on_device = self._plan.model.weight_bytes + self._plan.pool.pool_bytes
+        on_device = self._plan.model.weight_bytes + self._plan.model.adapter_bytes + self._plan.pool.pool_bytes
         return on_device if place.device == "cuda" else on_device + PROCESS_BYTES + RANK_BYTES * (place.num_ranks - 1)
 
 

@@ -8,6 +8,8 @@ from twostroke.cli.options import config_from
 from twostroke.cluster.config import load_config
 from twostroke.core.config import load_section
 from twostroke.core.errors import ConfigError
+from twostroke.kv.sizing import MemoryFacts, size_pool
+from twostroke.kv.spec import attention_spec
 
 
 def modules(value):
@@ -76,6 +78,16 @@ def test_memory_is_kept_for_adapters_only_where_there_can_be_some():
     assert ModelConfig().adapter_bytes == 0
     assert ModelConfig(enable_lora=True, max_lora_bytes=1 << 20).adapter_bytes == 1 << 20
     assert load_section(ModelConfig, {"lora_modules": ["a=/x"]}).serves_adapters
+
+
+def test_memory_for_adapters_is_a_term_of_its_own_and_not_of_the_weights():
+    spec = attention_spec(8, 8, 64, 1)
+    sizes = [
+        size_pool(spec, 16, None, 1.0, MemoryFacts(1 << 30, 100 << 20, adapter_bytes=kept)) for kept in (0, 64 << 20)
+    ]
+    assert "weights 100 MiB − adapters 64 MiB = 860 MiB" in sizes[1].arithmetic
+    assert "adapters" not in sizes[0].arithmetic
+    assert abs(sizes[0].pool_bytes - sizes[1].pool_bytes - (64 << 20)) < 1 << 20
 
 
 def test_loading_at_run_time_needs_room_for_adapters():

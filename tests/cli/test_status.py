@@ -6,7 +6,7 @@ from typing import Any
 from support.fakes.scripted_router import router
 
 from twostroke import AsyncClient
-from twostroke.cli.status import models_of, pending_of, router_problems
+from twostroke.cli.status import adapter_memory, models_of, pending_of, router_problems
 from twostroke.cluster.planner.decision import HOLD, Decision
 from twostroke.router.keys.digests import line_for
 from twostroke.router.peers.joined import joined_report
@@ -51,6 +51,12 @@ def test_models_and_adapters_have_a_line_with_their_live_workers() -> None:
         "model a, an adapter of m: 1 of its 2 decode workers is live",
         "model b, an adapter of m: 0 of its 1 decode workers are live",
     ]
+
+
+def test_adapters_have_a_line_with_their_memory_beside_the_weights() -> None:
+    held = [{"name": name, "digest": digest, "size_bytes": 3 << 20} for name, digest in (("a", "1"), ("b", "1"))]
+    workers = [{"worker_id": "d", "adapters": held}, {"worker_id": "e", "adapters": []}]
+    assert adapter_memory({"workers": workers}) == ["d holds 1 adapter in 3.0 MiB beside its weights"]
 
 
 async def test_a_router_without_workers_names_no_model() -> None:
