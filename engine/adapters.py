@@ -114,6 +114,11 @@ class AdapterTable:
             raise ModelNotFound(f"no adapter {name[:MAX_NAME_CHARS]!r} is loaded", param="lora_name")
         self._drop_if_unused(self._held[slot])
 
+    def files_of(self, digest: bytes) -> AdapterFiles | None:
+        """Files of an adapter that is ready; None: it is not held."""
+        held = (held for held in self._held.values() if held.is_ready and held.files.digest == digest)
+        return next((one.files for one in held), None)
+
     def hold(self, digest: bytes) -> int:
         """Slot of the adapter of a new sequence; 0 without one. `release` must follow, after the sequence's end.
 
@@ -173,18 +178,20 @@ class AdapterTable:
             raise InvalidRequest("this worker serves no adapters: model.max_loras is 0", param="lora_name")
         if files.num_bytes > bounds.max_bytes:
             raise InvalidRequest(
-                f"the adapter needs {files.num_bytes} bytes; model.max_lora_bytes is {bounds.max_bytes}",
+                f"the adapter in {files.directory} needs {files.num_bytes} bytes, and model.max_lora_bytes is "
+                f"{bounds.max_bytes}; raise that",
                 param="lora_path",
             )
         if len(self._held) >= bounds.max_adapters:
             raise Overloaded(
-                f"{len(self._held)} adapters are loaded, as many as model.max_loras allows; unload one",
+                f"{len(self._held)} adapters are loaded, as many as model.max_loras allows, and {files.directory} "
+                "would be one more; unload one (replacing one in place needs room for both)",
                 retry_after_s=RETRY_AFTER_S,
             )
         if self.num_bytes + files.num_bytes > bounds.max_bytes:
             raise Overloaded(
-                f"adapters take {self.num_bytes} bytes, this one {files.num_bytes}, and model.max_lora_bytes is "
-                f"{bounds.max_bytes}; unload one",
+                f"adapters take {self.num_bytes} bytes, {files.directory} {files.num_bytes}, and model.max_lora_bytes "
+                f"is {bounds.max_bytes}; unload one (replacing one in place needs room for both)",
                 retry_after_s=RETRY_AFTER_S,
             )
 

@@ -39,6 +39,15 @@ class WorkerAdapters:
         self._turn = asyncio.Lock()
         self._num_waiting = 0
 
+    def follow(self, engine: EngineClient) -> None:
+        """Use another engine of the same adapters from now on."""
+        self._engine = engine
+
+    @property
+    def turn(self) -> asyncio.Lock:
+        """Held while an adapter is loaded, or by who does not want that."""
+        return self._turn
+
     async def load(
         self, name: str, path: str, digest: bytes = b"", *, replace: bool = False, asked: bool = False
     ) -> None:
@@ -95,7 +104,9 @@ class WorkerAdapters:
 
     async def _load(self, name: str, path: str, digest: bytes, *, replace: bool, asked: bool) -> None:
         try:
-            files = await asyncio.to_thread(self._read, Path(path))
+            # What is held already needs no file, and cannot fail by one.
+            held = self.table.files_of(digest)
+            files = await asyncio.to_thread(self._read, Path(path)) if held is None else held
         except CheckpointError as error:
             raise InvalidRequest(error.message, param="lora_path") from None
         if digest and files.digest != digest:

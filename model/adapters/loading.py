@@ -7,13 +7,16 @@ from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from ...checkpoint.adapters.adapter import AdapterLimits, read_adapter
-from ...core.errors import CheckpointError, InternalError, TwostrokeError
+from ...core.errors import CheckpointError, InternalError, Overloaded, TwostrokeError
 from ...engine.link.messages import AdapterLoaded, AdapterRefused, Event, LoadAdapter
 from ..runner import Runner
 from .loaded import pack_adapter
 
 _log = logging.getLogger(__name__)
+_LOG = "; the worker's log has more"
 
 
 class AdapterLoader:
@@ -39,9 +42,14 @@ class AdapterLoader:
             answer: Event = AdapterLoaded(command.slot, self._held(command))
         except TwostrokeError as error:
             answer = AdapterRefused(command.slot, error.code, error.message)
+        except (MemoryError, torch.OutOfMemoryError):
+            why = f"{command.directory}: not enough memory is free for this adapter; unload one"
+            answer = AdapterRefused(command.slot, Overloaded.code, why)
         except Exception as error:  # the engine must go on, and its client must be answered
             _log.exception("the adapter in %s could not be loaded", command.directory)
-            answer = AdapterRefused(command.slot, InternalError.code, f"{command.directory}: {type(error).__name__}")
+            answer = AdapterRefused(
+                command.slot, InternalError.code, f"{command.directory} cannot be loaded ({error!r})"[:500] + _LOG
+            )
         tell((answer,))
 
     def _held(self, command: LoadAdapter) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .registry import WorkerRegistry
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
+FOR_NOW = "being-loaded-"  # begin of the name of an adapter that is to replace another one
 ANNOUNCED_S = 10.0  # workers announce a change at once
 LEARN_S = 10.0  # from the start of a router, in which the workers that are there announce themselves
 
@@ -40,7 +42,8 @@ class ClusterAdapters:
     async def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Load an adapter at every worker; on return requests may name it. All workers hold it then, or none.
 
-        With `replace`, a worker that had the name keeps the new adapter although another one failed.
+        With `replace` the name may be another adapter's. That one is served under it until all workers hold the new
+        one, and goes on to be served if one of them cannot load it.
 
         Raises:
             InvalidRequest: the name is taken, or a worker cannot serve what the directory holds.
@@ -52,16 +55,10 @@ class ClusterAdapters:
                 raise InvalidRequest(f"{name!r} is the name of a model; give the adapter another", param="lora_name")
             if name not in self._loaded.wanted and len(self._loaded.wanted) >= MAX_ADAPTERS:
                 raise InvalidRequest(f"{MAX_ADAPTERS} adapters were loaded; unload some", param="lora_name")
-            first = await self._load_at(workers[0].key, name, path, b"", replace=replace)
-            digest = next(adapter.digest for adapter in first.adapters if adapter.name == name)
-            rest = [self._load_at(worker.key, name, path, digest, replace=replace) for worker in workers[1:]]
-            outcomes = [None, *await _outcomes(rest)]
-            failure = next((outcome for outcome in outcomes if outcome is not None), None)
-            if failure is not None:
-                loaded = [worker for worker, failed in zip(workers, outcomes, strict=True) if failed is None]
-                await _outcomes([self._give_back(worker, name, digest) for worker in loaded])
-                raise failure
-            await self._until(workers, lambda facts: _has(facts, name, digest))
+            if replace and any(held.name == name for worker in workers for held in worker.adapters):
+                await self._replace(workers, name, path)
+            else:
+                await self._load_all(workers, name, path)
         for late in self._members.fleet:  # came while the others were loading
             self._arrived(late.facts.key)
 
@@ -97,6 +94,36 @@ class ClusterAdapters:
             raise Unavailable("no worker is ready", retry_after_s=RETRY_AFTER_S)
         found.sort(key=lambda worker: (worker.role is Role.PREFILL, worker.facts.worker_id))
         return [worker.facts for worker in found]
+
+    async def _load_all(self, workers: Sequence[WorkerFacts], name: str, path: str) -> bytes:
+        """Load an adapter at all of these workers or at none, under a name that is new; returns its digest."""
+        first = await self._load_at(workers[0].key, name, path, b"", replace=False)
+        digest = next(adapter.digest for adapter in first.adapters if adapter.name == name)
+        rest = [self._load_at(worker.key, name, path, digest, replace=False) for worker in workers[1:]]
+        outcomes = [None, *await _outcomes(rest)]
+        failure = next((outcome for outcome in outcomes if outcome is not None), None)
+        if failure is not None:
+            loaded = [worker for worker, failed in zip(workers, outcomes, strict=True) if failed is None]
+            await _outcomes([self._give_back(worker, name, digest) for worker in loaded])
+            raise failure
+        await self._until(workers, lambda facts: _has(facts, name, digest))
+        return digest
+
+    async def _replace(self, workers: Sequence[WorkerFacts], name: str, path: str) -> None:
+        """Give a name to another adapter: all workers load that under a name of its own first, where it may fail.
+
+        Then they hold what the name gets, and giving it reads no file. If this router is lost in between, the name for
+        the time being stays, and can be unloaded.
+        """
+        for_now = f"{FOR_NOW}{secrets.token_hex(8)}"
+        digest = await self._load_all(workers, for_now, path)
+        given = await _outcomes([self._load_at(w.key, name, path, digest, replace=True) for w in workers])
+        # In this order: an adapter without a name would be dropped.
+        await _outcomes([self._unload_at(worker.key, for_now) for worker in workers])
+        failure = next((outcome for outcome in given if outcome is not None), None)
+        if failure is not None:
+            raise failure
+        await self._until(workers, lambda facts: _has(facts, name, digest) and not _has(facts, for_now, digest))
 
     async def _load_at(self, key: WorkerKey, name: str, path: str, digest: bytes, *, replace: bool) -> WorkerFacts:
         return await self._link(key).load_adapter(name, path, digest, replace=replace)

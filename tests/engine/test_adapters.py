@@ -110,7 +110,7 @@ def test_number_and_bytes_are_bounded():
     with pytest.raises(InvalidRequest, match="max_lora_bytes is 100"):
         table.claim("x", files(b"a", 101))
     table.load("x", b"a", 60)
-    with pytest.raises(Overloaded, match="take 60 bytes, this one 41"):
+    with pytest.raises(Overloaded, match="take 60 bytes, /b 41"):
         table.claim("y", files(b"b", 41))
     table.load("y", b"b", 40)
     full = Table(max_adapters=1)
@@ -166,3 +166,12 @@ def test_whatever_happens_no_used_slot_is_dropped_and_every_other_one_is():
         for name in table.names():
             table.remove(name)
         assert table.num_bytes == 0
+
+
+def test_what_is_held_and_ready_needs_no_file_to_get_another_name():
+    table = Table()
+    slot = table.claim("x", files(b"a"))
+    assert table.files_of(b"a") is None
+    table.ready(slot, 10)
+    assert table.files_of(b"a") == files(b"a")
+    assert table.files_of(b"b") is None

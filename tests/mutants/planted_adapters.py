@@ -24,6 +24,9 @@ _HELD = [
     Mutant("engine/adapters.py", "files.digest != digest and not replace:", "files.digest != digest and False:"),
     Mutant("engine/adapters.py", "        if len(self._held) >= bounds.max_adapters:", "        if False:"),
     Mutant("engine/adapters.py", "        if before is not None and before != held.slot:", "        if False:"),
+    Mutant(
+        "engine/adapters.py", "if held.is_ready and held.files.digest == digest)", "if held.files.digest == digest)"
+    ),
     Mutant("engine/adapters.py", "        self._num_slots += 1\n", "        self._num_slots = len(self._held) + 1\n"),
 ]
 

@@ -1,6 +1,7 @@
 """Adapters at real workers: loaded at the start and while they serve, routed to their holders, never sharing KV."""
 
 import asyncio
+import shutil
 import threading
 from contextlib import aclosing
 
@@ -243,3 +244,41 @@ async def test_a_worker_that_lacks_an_adapter_refuses_instead_of_answering_witho
         with pytest.raises(Unavailable, match="is not loaded by this worker"):
             await cluster.generate(asked)
         assert len(await cluster.generate(request(cluster.flow, "r2", make_prompt(40)))) == NUM_TOKENS
+
+
+async def test_an_adapter_that_cannot_be_replaced_everywhere_goes_on_serving(
+    start_worker, make_prompt, saved, tmp_path, monkeypatch
+):
+    async with real_cluster(start_worker) as cluster:
+        flow, place = cluster.flow, tmp_path / "place"
+        workers = [await cluster.add(role, model={"enable_lora": True}) for role in (Role.DECODE, Role.PREFILL)]
+        shutil.copytree(saved["a"], place)
+        await flow.adapters.load("x", str(place))
+        before = request(flow, "before", make_prompt(40), "x")
+        answer = await cluster.generate(before)
+        shutil.rmtree(place)
+        shutil.copytree(saved["b"], place)  # in place: the old files are gone
+        whole = (place / "adapter_model.safetensors").read_bytes()
+        (place / "adapter_model.safetensors").write_bytes(whole[:-64])
+        with pytest.raises(InvalidRequest, match=r"place/adapter_model\.safetensors"):
+            await flow.adapters.load("x", str(place), replace=True)
+        (place / "adapter_model.safetensors").write_bytes(whole)
+        load = AdapterLoader._held
+
+        def full(loader, command):  # the second worker has no memory for it
+            if loader is workers[1].room.engine._adapters:
+                raise MemoryError
+            return load(loader, command)
+
+        monkeypatch.setattr(AdapterLoader, "_held", full)
+        with pytest.raises(Overloaded, match=r"place: not enough memory .*unload one"):
+            await flow.adapters.load("x", str(place), replace=True)
+        assert [facts.name for facts in flow.models()] == ["tiny", "x"]
+        for worker in workers:
+            assert [(held.name, held.digest) for held in worker.adapters.table.served] == [("x", before.adapter)]
+        assert await cluster.generate(request(flow, "between", make_prompt(40), "x")) == answer
+        monkeypatch.setattr(AdapterLoader, "_held", load)
+        await flow.adapters.load("x", str(place), replace=True)
+        assert [facts.name for facts in flow.models()] == ["tiny", "x"]
+        assert request(flow, "after", make_prompt(40), "x").adapter != before.adapter
+        assert await cluster.generate(request(flow, "after", make_prompt(40), "x")) != answer
