@@ -77,6 +77,8 @@ def lives_of(cluster: dict[str, Any] | None) -> dict[str, Life]:
     for worker in cluster["workers"]:
         states = [worker["state"], *(router["workers"].get(worker["worker_id"]) for router in routers[1:])]
         use = min((_USE_BY_STATE.get(state, Use.NONE) for state in states), key=_LEAST_USE.index)
+        if use is Use.DRAINS and worker.get("changes_codec_to"):
+            use = Use.SERVES  # it comes back by itself, and must not be replaced meanwhile
         role, cordon = Role(worker["role"]), _cordon_of(worker)
         found[worker["worker_id"]] = Life(worker["incarnation"], use, worker["numerics"], role, cordon)
     return found

@@ -185,9 +185,10 @@ class Members:
             if life is not None and life.incarnation == self._ended_life.get(name):
                 life = None
             if life is not None and life.use is Use.SERVES and name in self.book.starting():
-                self._life[name] = life.incarnation
                 self.book.ready(name, now_s)
                 ready.append(name)
+            if life is not None and life.use is Use.SERVES:
+                self._life[name] = life.incarnation  # one process has several, where its cache's codec changes
             if life is not None and life.cordon:
                 self._cordons[name] = life.cordon
             if life is not None and life.role is not None:

@@ -26,6 +26,8 @@ class ModelFacts:
     deterministic: bool
     kv_spec: KvSpec
     has_states: bool = False  # recurrent layers: a sequence is more than its KV
+    cache_codec: str = ""  # of the KV cache, as --kv-cache-dtype names it
+    fell_back_from: str = ""  # codec that the guard found too coarse; empty: none
 
     def check_prompt(self, prompt_ids: tuple[int, ...], num_emitted: int = 0) -> None:
         """Check that the model can take these ids. The last `num_emitted` of them were generated.

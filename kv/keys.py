@@ -63,10 +63,21 @@ class HashedModel(Protocol):
         """True if only KV of the same numerics class may be used."""
         ...
 
+    @property
+    def fell_back_from(self) -> str:
+        """Codec that the worker's guard found too coarse; empty: none."""
+        ...
+
+
+NEVER_ROUNDED = b"never rounded"
+"""Class of workers that have fallen back to bfloat16. KV that another codec rounded is of no use to them."""
+
 
 def identity_class(model: HashedModel) -> bytes:
     """The part of a model's numerics that its block identities contain: workers that differ in it share no KV."""
-    return model.numerics_class if model.deterministic else b""
+    if model.deterministic:
+        return model.numerics_class
+    return NEVER_ROUNDED if model.fell_back_from else b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -545,6 +545,7 @@ class WorkerInfo(_message.Message):
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    CHANGES_CODEC_TO_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     """new at every start of the process"""
@@ -562,6 +563,8 @@ class WorkerInfo(_message.Message):
     """host:port of GET /metrics and /health; empty: none"""
     tensor_parallel_size: _builtins.int
     """ranks; 0: one"""
+    changes_codec_to: _builtins.str
+    """it drains, and comes back soon with a cache of this codec; empty: it does not"""
     @_builtins.property
     def data_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """one per rank; empty: the same as address"""
@@ -601,10 +604,11 @@ class WorkerInfo(_message.Message):
         tensor_parallel_size: _builtins.int = ...,
         gpus: _abc.Iterable[Global___GpuState] | None = ...,
         adapters: _abc.Iterable[Global___AdapterInfo] | None = ...,
+        changes_codec_to: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "gpus", b"gpus", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "address", b"address", "block_tokens", b"block_tokens", "capabilities", b"capabilities", "changes_codec_to", b"changes_codec_to", "data_addresses", b"data_addresses", "dp_rank", b"dp_rank", "gpus", b"gpus", "incarnation", b"incarnation", "max_batch_tokens", b"max_batch_tokens", "max_num_seqs", b"max_num_seqs", "metrics_address", b"metrics_address", "model", b"model", "num_kv_blocks", b"num_kv_blocks", "pid", b"pid", "release", b"release", "role", b"role", "tensor_parallel_size", b"tensor_parallel_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -734,6 +738,8 @@ class ModelInfo(_message.Message):
     KV_SPEC_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    CACHE_CODEC_FIELD_NUMBER: _builtins.int
+    FELL_BACK_FROM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """as clients name it"""
     weights_fingerprint: _builtins.bytes
@@ -746,6 +752,10 @@ class ModelInfo(_message.Message):
     deterministic: _builtins.bool
     path: _builtins.str
     """directory of the checkpoint; the router reads tokenizer and template there"""
+    cache_codec: _builtins.str
+    """of the KV cache, as --kv-cache-dtype names it; "fp8/int8" for unlike keys and values"""
+    fell_back_from: _builtins.str
+    """codec before, which its guard found too coarse; empty: it serves the one it began with"""
     @_builtins.property
     def kv_spec(self) -> Global___KvSpec: ...
     def __init__(
@@ -760,10 +770,12 @@ class ModelInfo(_message.Message):
         kv_spec: Global___KvSpec | None = ...,
         deterministic: _builtins.bool = ...,
         path: _builtins.str = ...,
+        cache_codec: _builtins.str = ...,
+        fell_back_from: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deterministic", b"deterministic", "kv_spec", b"kv_spec", "max_model_len", b"max_model_len", "name", b"name", "numerics_class", b"numerics_class", "numerics_description", b"numerics_description", "path", b"path", "vocab_size", b"vocab_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_codec", b"cache_codec", "deterministic", b"deterministic", "fell_back_from", b"fell_back_from", "kv_spec", b"kv_spec", "max_model_len", b"max_model_len", "name", b"name", "numerics_class", b"numerics_class", "numerics_description", b"numerics_description", "path", b"path", "vocab_size", b"vocab_size", "weights_fingerprint", b"weights_fingerprint"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

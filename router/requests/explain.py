@@ -175,6 +175,9 @@ def explain_worker(worker: Worker, coefficients: Coefficients, now_s: float) -> 
         "release": facts.release,
         "model": facts.model.name,
         "numerics": facts.model.numerics_description,
+        "cache_codec": facts.model.cache_codec,
+        "fell_back_from": facts.model.fell_back_from or None,  # codec that its guard found too coarse
+        "changes_codec_to": facts.changes_codec_to or None,  # while it drains for that
         "tensor_parallel_size": facts.num_ranks,
         "session": "up" if worker.session_up else "down",
         "phase": worker.phase,

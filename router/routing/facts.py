@@ -46,6 +46,8 @@ class ModelFacts:
     kv_spec: KvSpec | None = None  # of all ranks together
     adapter: AdapterFacts | None = None  # with one, `name` is the adapter's
     base: str = ""  # then: the model's own name
+    cache_codec: str = ""  # of the KV cache; of a worker of an older release: empty
+    fell_back_from: str = ""  # codec that the worker's guard found too coarse; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class WorkerFacts:
     num_ranks: int = 1  # tensor-parallel ranks
     gpus: tuple[GpuFacts, ...] = ()  # those that it watches, as announced
     adapters: tuple[AdapterFacts, ...] = ()
+    changes_codec_to: str = ""  # it drains, and comes back soon with a cache of this codec; empty: it does not
 
     def holds(self, adapter: bytes) -> bool:
         """True if it computes requests with this adapter; every worker does those without one (empty)."""

@@ -79,6 +79,7 @@ class Fleet:
         known = self._workers.get(facts.worker_id)
         if known is not None and known.facts.incarnation == facts.incarnation:
             known.facts, known.role, known.heard_s, known.announcing = facts, facts.role, now_s, True
+            known.draining = known.draining or known.comes_back
             return []
         if facts.incarnation in self._replaced.get(facts.worker_id, ()):
             return []  # a zombie of an earlier life
@@ -152,7 +153,7 @@ class Fleet:
         """A load report arrived on a worker's watch."""
         if worker := self._find(key):
             worker.load, worker.load_s, worker.role = load, now_s, role
-            worker.draining = worker.leaving or load.draining
+            worker.draining = worker.leaving or load.draining or worker.comes_back
             self.cordoned.see(key.worker_id, load.gpus, now_s)
 
     def tick(self, now_s: float) -> list[FleetChange]:
@@ -209,17 +210,22 @@ class Fleet:
         return sorted(found, key=lambda w: w.facts.worker_id)
 
     def may_serve_soon(self, model: str, adapter: bytes = b"") -> bool:
-        """True if a worker that can decode the model is joining, suspect or live, so that waiting may help."""
+        """True if a worker that can decode the model is joining, suspect or live, so that waiting may help.
+
+        Or it drains to change its cache's codec, after which it comes back.
+        """
         hopeful = (WorkerState.JOINING, WorkerState.SUSPECT, WorkerState.LIVE)
         return any(
-            _serves(w, model, adapter) and w.role is not Role.PREFILL and w.state in hopeful
+            _serves(w, model, adapter) and w.role is not Role.PREFILL and (w.state in hopeful or w.comes_back)
             for w in self._workers.values()
         )
 
     def may_be_lost(self, model: str, adapter: bytes = b"") -> bool:
-        """True if a worker that can decode the model is suspect: soon it is live again, or lost."""
+        """True if a worker that can decode the model is suspect or changes its codec: soon it is live, or lost."""
         return any(
-            _serves(w, model, adapter) and w.role is not Role.PREFILL and w.state is WorkerState.SUSPECT
+            _serves(w, model, adapter)
+            and w.role is not Role.PREFILL
+            and (w.state is WorkerState.SUSPECT or w.comes_back)
             for w in self._workers.values()
         )
 
@@ -264,8 +270,9 @@ class Fleet:
         return worker if worker is not None and worker.facts.incarnation == key.incarnation else None
 
     def _note_loss(self, worker: Worker, now_s: float) -> None:
-        """Remember a decode worker that served and did not leave on purpose."""
-        if worker.welcomed and not worker.draining and worker.role is not Role.PREFILL:
+        """Remember a decode worker that served and did not leave on purpose, or only to change its codec."""
+        may_return = worker.comes_back or not worker.draining
+        if worker.welcomed and may_return and worker.role is not Role.PREFILL:
             self.lost.add(worker.facts, now_s)
 
     def _gone(self, worker: Worker, now_s: float, reason: str) -> list[FleetChange]:

@@ -74,6 +74,11 @@ class Worker:
         return WorkerState.SUSPECT if self.silent or self.stalled else WorkerState.LIVE
 
     @property
+    def comes_back(self) -> bool:
+        """True if it drains only to change its cache's codec."""
+        return bool(self.facts.changes_codec_to) and not self.leaving
+
+    @property
     def can_give(self) -> bool:
         """True if it can be asked for cached blocks: also while it drains."""
         return self.session_up and not (self.silent or self.stalled)

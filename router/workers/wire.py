@@ -30,6 +30,7 @@ _LOAD_FIELDS = [name for name in LoadFacts.__dataclass_fields__ if name not in (
 
 _GPU_FIELDS = [name for name in GpuFacts.__dataclass_fields__ if name not in ("verdict", "reasons")]
 MAX_ADAPTERS = 4096  # of one worker
+MAX_CODEC_CHARS = 64
 MAX_GPUS, MAX_REASONS, MAX_REASON_CHARS = 64, 16, 256
 
 
@@ -65,6 +66,7 @@ def worker_from_wire(info: common_pb2.WorkerInfo) -> WorkerFacts:
             for found in islice(info.adapters, MAX_ADAPTERS)
             if found.name and found.digest
         ),
+        changes_codec_to=info.changes_codec_to[:MAX_CODEC_CHARS],
     )
 
 
@@ -93,6 +95,8 @@ def _model_from(model: common_pb2.ModelInfo) -> ModelFacts:
         path=model.path,
         kv_bytes_per_token=spec.bytes_per_token,
         kv_spec=spec,
+        cache_codec=model.cache_codec[:MAX_CODEC_CHARS],
+        fell_back_from=model.fell_back_from[:MAX_CODEC_CHARS],
     )
 
 

@@ -94,6 +94,22 @@ def test_the_life_that_ended_does_not_pass_for_the_new_one(members: Members, nam
     assert members.standing(name) is Standing.READY
 
 
+def test_a_worker_that_changes_its_cache_is_not_missed_and_its_later_life_ends_with_its_process(
+    members: Members, name: str
+) -> None:
+    changes = seen((name, "first", "draining"))
+    changes["workers"][0]["changes_codec_to"] = "bfloat16"
+    report(members, seen((name, "first", "live")))
+    for now_s in range(100):
+        report(members, changes, now_s)
+        assert name not in members.book.overdue(now_s)
+    report(members, seen((name, "second", "live")), 100)
+    members.ended(name, ProcessEnd("killed"), 100)
+    members.started(name, 100)
+    report(members, seen((name, "second", "live")), 101)  # the router has not heard of the end yet
+    assert members.standing(name) is Standing.STARTING
+
+
 def test_a_changed_role_is_the_role_of_the_next_process(members: Members, name: str) -> None:
     report(members, seen((name, "first", "live")))
     assert members.plans[name].role is Role.COMBINED

@@ -51,7 +51,8 @@ _NAMES = [
     Mutant("kv/block.py", "            self.scope.isolation_domain.encode(),\n", ""),
     Mutant("kv/block.py", "            self.numerics_class,\n", ""),
     Mutant("kv/block.py", "            self.scope.adapter,\n", ""),
-    Mutant("kv/keys.py", "return model.numerics_class if model.deterministic else", "return"),
+    Mutant("kv/keys.py", "    if model.deterministic:\n        return model.numerics_class\n", ""),
+    Mutant("kv/keys.py", "NEVER_ROUNDED if model.fell_back_from else", ""),
     Mutant("kv/messages.py", ', "adapter": scope.adapter}', "}"),
     Mutant(
         "kv/messages.py",

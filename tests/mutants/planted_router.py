@@ -158,7 +158,7 @@ _ROUTER = [
     ),
     Mutant("router/routing/fleet.py", "            worker.in_flight.pop(key, None)\n", "            pass\n"),
     Mutant("router/routing/fleet.py", "if w.state is WorkerState.LIVE and", "if w.session_up and"),
-    Mutant("router/routing/fleet.py", "            worker.draining = worker.leaving or load.draining\n", ""),
+    Mutant("router/routing/fleet.py", "worker.leaving or load.draining or worker.comes_back", "worker.draining"),
 ]
 
 _LIVES = [

@@ -53,7 +53,7 @@ MUTANTS = [
     Mutant("cluster/members.py", "if self.going.pop(name, None) is not None:", "if name in self.plans:"),
     Mutant("cluster/restarts.py", "Standing.READY, now_s, None\n", "Standing.STOPPED, now_s, None\n"),
     Mutant("engine/link/draining.py", "        return not undone.is_set()\n", "        return True\n"),
-    Mutant("router/routing/fleet.py", "worker.leaving or load.draining", "load.draining"),
+    Mutant("router/routing/fleet.py", "worker.leaving or load.draining or", "load.draining or"),
     Mutant("cluster/operations/rolling.py", "if each.name != member.name and each.role", "if each.role"),
     Mutant("cluster/operations/rolling.py", "member.name and each.role is not Role.PREFILL]", "member.name]"),
     Mutant("cluster/operations/rolling.py", "(m.role is not Role.PREFILL, m.name)", "m.name"),
