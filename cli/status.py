@@ -69,10 +69,8 @@ def status(
         console.print(_pairs(cluster))
     if any(worker.get("gpus") for worker in cluster["workers"]):
         console.print(_gpus(cluster))
-    for worker in cluster["workers"]:
-        if worker.get("counters", {}).get("kv_guard_exceeded"):
-            told = f"{worker['worker_id']}: its KV cache differs from bfloat16 by more than cache.guard_bound allows"
-            console.print(f"{told}; restart it with another --kv-cache-dtype", markup=False, highlight=False)
+    for line in guards_of(cluster):
+        console.print(line, markup=False, highlight=False)
     for gpu in cluster.get("cordoned_gpus", ()):
         console.print(
             f"cordoned: {gpu['uuid']} ({gpu['name'] or '?'}) of {gpu['worker_id']}, {gpu['since_s']:,.0f} s ago: "
@@ -80,7 +78,8 @@ def status(
             markup=False,
             highlight=False,
         )
-    for name in [worker["worker_id"] for worker in cluster["workers"] if worker["state"] == "draining"]:
+    drained = [w for w in cluster["workers"] if w["state"] == "draining" and not w.get("changes_codec_to")]
+    for name in [worker["worker_id"] for worker in drained]:
         console.print(f"{name} drains; until it has ended, `twostroke undrain {name}` takes it back", markup=False)
     if cluster["router"].get("num_routers", 1) > 1:
         console.print(_routers(cluster))
@@ -117,6 +116,24 @@ def models_of(cluster: dict[str, Any]) -> list[str]:
         f"{live[name]} of its {known[name]} decode workers {'is' if live[name] == 1 else 'are'} live"
         for name in sorted(known, key=lambda name: (name in bases, name))
     ]
+
+
+def guards_of(cluster: dict[str, Any]) -> list[str]:
+    """A line for each worker whose guard has found its cache's codec too coarse, with what follows."""
+    lines = []
+    for worker in cluster["workers"]:
+        name, told = worker["worker_id"], "differs from bfloat16 by more than cache.guard_bound allows"
+        if worker.get("changes_codec_to"):
+            change = f"{worker['changes_codec_to']} instead of {worker['cache_codec']}"
+            lines.append(f"{name} drains and comes back with a cache in {change}: the one it has {told}")
+        elif worker.get("fell_back_from"):
+            lines.append(
+                f"{name} has fallen back to a cache in {worker['cache_codec']}: {worker['fell_back_from']} {told}; a "
+                "restart begins with that again, unless --kv-cache-dtype is changed"
+            )
+        elif worker.get("counters", {}).get("kv_guard_exceeded"):
+            lines.append(f"{name}: its KV cache {told}; restart it with another --kv-cache-dtype")
+    return lines
 
 
 def adapter_memory(cluster: dict[str, Any]) -> list[str]:

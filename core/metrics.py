@@ -233,6 +233,11 @@ GUARD_DIVERGENCE = Metric(
 GUARD_EXCEEDED = Metric(
     "twostroke_kv_cache_guard_exceeded", Kind.GAUGE, "Workers whose KV cache differs by more than cache.guard_bound"
 )
+GUARD_FELL_BACK = Metric(
+    "twostroke_kv_cache_fell_back",
+    Kind.GAUGE,
+    "Workers that serve a bfloat16 cache because their own codec differed by more than cache.guard_bound",
+)
 
 SPREAD_BY_ENGINES = {
     "iteration_tokens": ITERATION_TOKENS,
@@ -243,7 +248,7 @@ SPREAD_BY_ENGINES = {
 }
 """Histograms by their name in a load report."""
 
-OF_ENGINES = (GENERATION_TOKENS, *COUNTED_BY_ENGINES, GUARD_EXCEEDED, *SPREAD_BY_ENGINES.values())
+OF_ENGINES = (GENERATION_TOKENS, *COUNTED_BY_ENGINES, GUARD_EXCEEDED, GUARD_FELL_BACK, *SPREAD_BY_ENGINES.values())
 
 RUNNING = Metric("vllm:num_requests_running", Kind.GAUGE, "Sequences that steps compute")
 WAITING = Metric("vllm:num_requests_waiting", Kind.GAUGE, "Sequences before their first step")
@@ -357,6 +362,7 @@ def count_engines(board: Board, counters: Mapping[str, int], spreads: Mapping[st
         for field, metric in HANDOVER_STREAMS.items():
             board.set(metric, *labels, side, value=counters.get(_handover_counter(side, field), 0))
     board.set(GUARD_EXCEEDED, *labels, value=counters.get("kv_guard_exceeded", 0))
+    board.set(GUARD_FELL_BACK, *labels, value=counters.get("kv_guard_fell_back", 0))
     for name, metric in SPREAD_BY_ENGINES.items():
         spread = spreads.get(name)
         if spread is not None and len(spread.counts) == len(metric.bounds) + 1:

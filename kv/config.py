@@ -81,7 +81,13 @@ class CacheConfig(Section):
         gt=0,
         le=100,
         description="watch the codec in idle time: sampled prompts are computed over a bfloat16 cache too; if the mean "
-        "divergence per token (nats) exceeds this, log, status and metrics say so; default: no watching",
+        "divergence per token (nats) exceeds this, log, status and metrics say so, and guard_action follows; default: "
+        "no watching",
+    )
+    guard_action: Literal["report", "fallback"] = Field(
+        "fallback",
+        description="past guard_bound. fallback: new requests are served with a bfloat16 cache in the same memory, "
+        "half the tokens; running ones end first, for at most the drain's timeout. report: nothing changes",
     )
     guard_share: float = Field(0.05, gt=0, le=1, description="of prompts that guard_bound samples")
     guard_tokens: int = Field(1024, ge=64, le=1 << 16, description="of a sampled prompt, its first ones")

@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoint.config import KernelsChoice
 from ..checkpoint.safetensors_files import checkpoint_files
-from ..checkpoint.shards import Shard, shard_spec
+from ..checkpoint.shards import RankSpec, Shard, shard_spec
 from ..checkpoint.spec import DType, Quantization
 from ..kernels.cpu import library as native
 from ..kv.store.states import StateStore
@@ -71,15 +71,7 @@ def load_runner(
     rank = shard_spec(model.spec, Shard(collectives.rank, collectives.size))
     weights = load_weights(cut_source(open_source(directory), rank), rank.local, ops)
     give_back_after_load(checkpoint_files(directory) if directory.is_dir() else (directory,))
-    state_spec = rank.local.state_spec
-    store = KvStore(
-        rank.kv_spec(model.codec),
-        options.num_blocks,
-        options.block_tokens,
-        device,
-        options.digest_key,
-        states=None if state_spec is None else StateStore(state_spec, options.num_states, device),
-    )
+    store = _store(rank, model, options, device)
     graph_seqs = options.graph_seqs if device.type != "cpu" else 0
     return Runner(
         rank.local,
@@ -91,6 +83,30 @@ def load_runner(
         collectives=collectives,
         samples=options.samples,
         seals=options.seals,
+    )
+
+
+def runner_over_new_store(loaded: Runner, model: ResolvedModel, options: RunnerOptions) -> Runner:
+    """A runner of loaded weights over a new store; the old store's memory is given back first.
+
+    `model`: the one that was loaded, with another codec. `loaded` must not run any more. Its group has one rank.
+    """
+    device = loaded.ops.device
+    loaded.release()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return loaded.over(_store(shard_spec(model.spec, Shard(0, 1)), model, options, device))
+
+
+def _store(rank: RankSpec, model: ResolvedModel, options: RunnerOptions, device: torch.device) -> KvStore:
+    state_spec = rank.local.state_spec
+    return KvStore(
+        rank.kv_spec(model.codec),
+        options.num_blocks,
+        options.block_tokens,
+        device,
+        options.digest_key,
+        states=None if state_spec is None else StateStore(state_spec, options.num_states, device),
     )
 
 
@@ -130,13 +146,14 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
-def numerics_class(model: ResolvedModel, gpu: int = 0, tp: int = 1) -> NumericsClass:
+def numerics_class(model: ResolvedModel, gpu: int = 0, tp: int = 1, weights: bytes = b"") -> NumericsClass:
     """Compute the numerics class: a digest of everything that can change a bit of a logit.
 
     This is: weights, compute dtype, cache codec, TP, ops, machine, and the served context length if rotary angles
     depend on it. The number of threads and the sizes of blocks, batches and chunks change no bit.
+    `weights`: their fingerprint, if it is known already.
     """
-    weights, device = weights_fingerprint(model.directory), _torch_device(model, gpu)
+    weights, device = weights or weights_fingerprint(model.directory), _torch_device(model, gpu)
     machine = machine_description() if device.type == "cpu" else describe_device(device)
     length = f", for {model.max_model_len} tokens" if model.spec.length_matters else ""
     arithmetic = (

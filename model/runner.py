@@ -98,6 +98,28 @@ class Runner:
         """Forget the adapter of a slot, if there is one. Any thread may call it."""
         self._adapters.pop(slot, None)
 
+    def release(self) -> None:
+        """Give back the memory of everything but weights and adapters: for `over`, after the last step."""
+        self._decoder = self._graphs = self._sampler = self._masks = None
+        self._results.clear()
+        self.store.release()
+
+    def over(self, store: KvStore) -> Runner:
+        """A runner of these weights and adapters over another store. This one must not run any more."""
+        runner = Runner(
+            self.spec,
+            self.weights,
+            self.ops,
+            store,
+            self.max_model_len,
+            graph_seqs=self._graph_seqs,
+            collectives=self._collectives,
+            samples=self._samples,
+            seals=self._seals,
+        )
+        runner._adapters = self._adapters  # the same: adapters may be loaded and dropped by either
+        return runner
+
     def warm_up(self) -> None:
         """Prepare the ops, run steps that write nothing, capture graphs. Call it in the thread of the steps."""
         self.ops.prepare()

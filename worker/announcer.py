@@ -63,6 +63,9 @@ class Announcer:
         self._retry = retry or Retry()
         self._leaving = asyncio.Event()
         self._answering: set[str] = set()  # routers whose present stream has answered
+        self._told: dict[str, common_pb2.WorkerInfo] = {}  # info that a router has answered
+        self._replied = asyncio.Event()
+        self._is_over = False  # a task that was cancelled may get another error instead
         self._changed: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address of the router
         self._searches: list[asyncio.Task[None]] = []
@@ -88,6 +91,24 @@ class Announcer:
         for event in self._changed.values():
             event.set()
 
+    async def tell(self, info: common_pb2.WorkerInfo, timeout_s: float) -> None:
+        """Replace the worker's info, and wait until all routers that answer know it, for at most `timeout_s`."""
+        self.update(info)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(self._told.get(address) is not info for address in self._answering):
+                    self._replied.clear()
+                    await self._replied.wait()
+
+    async def end(self) -> None:
+        """End all streams without a word: another announcer goes on for this worker, under another incarnation."""
+        self._is_over = True
+        tasks = [*self._tasks.values(), *self._searches]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks, self._searches = {}, []
+
     async def leave(self) -> None:
         """Tell every router that this worker leaves, wait briefly for the message to be sent, end the streams."""
         self._leaving.set()
@@ -96,10 +117,7 @@ class Announcer:
         tasks = list(self._tasks.values())
         if tasks:
             await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
-        for task in (*tasks, *self._searches):
-            task.cancel()
-        await asyncio.gather(*tasks, *self._searches, return_exceptions=True)
-        self._tasks, self._searches = {}, []
+        await self.end()
 
     def _begin(self, address: str) -> None:
         self._changed[address] = asyncio.Event()
@@ -108,10 +126,10 @@ class Announcer:
 
     def _forget(self, address: str, ended: asyncio.Task[None]) -> None:
         """Drop what is kept of a router that is gone. If it has come back meanwhile, it is told again."""
-        for kept in (self._tasks, self._changed, self._said_at_s, self._heard_at_s):
+        for kept in (self._tasks, self._changed, self._said_at_s, self._heard_at_s, self._told):
             kept.pop(address, None)
         has_failed = not ended.cancelled() and ended.exception() is not None
-        if self._is_expected(address) and not self._leaving.is_set() and not has_failed:
+        if self._is_expected(address) and not (self._leaving.is_set() or self._is_over) and not has_failed:
             self._begin(address)
 
     async def _follow(self, source: AddressSource) -> None:
@@ -133,7 +151,7 @@ class Announcer:
         A router that ends is in no source already, and has requests on this worker: its stream goes on until it ends.
         """
         failures = 0
-        while not self._leaving.is_set() and self._is_expected(address):
+        while not (self._leaving.is_set() or self._is_over) and self._is_expected(address):
             async with InsideChannel(address, self._key, CHANNEL_OPTIONS, self._tls, Caller.ROUTER) as channel:
                 reached = await self._announce(channel, address)
             failures = 0 if reached else failures + 1
@@ -147,14 +165,19 @@ class Announcer:
         call = stub.Announce()
         answered = asyncio.Event()
 
-        def replied() -> None:
+        sent: dict[int, common_pb2.WorkerInfo] = {}  # by the number of the message that told it
+
+        def replied(sequence: int) -> None:
+            for number in [number for number in sent if number <= sequence]:
+                self._told[address] = sent.pop(number)
+            self._replied.set()
             answered.set()
             self._answering.add(address)
             self._heard_at_s[address] = asyncio.get_running_loop().time()
 
         listener = asyncio.create_task(_listen(call, replied))
         try:
-            await self._say(call, address, listener)
+            await self._say(call, address, listener, sent)
         except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
             self._complain(address, error)  # and `_keep` tries again
         finally:
@@ -194,17 +217,18 @@ class Announcer:
         call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply],
         address: str,
         listener: asyncio.Task[None],
+        sent: dict[int, common_pb2.WorkerInfo],
     ) -> None:
         changed, sequence = self._changed[address], 0
         said: common_pb2.WorkerInfo | None = None
-        while not listener.done():
+        while not (listener.done() or self._is_over):
             changed.clear()
             sequence += 1
             leaving = self._leaving.is_set()
             message = worker_pb2.Announcement(leaving=leaving, sequence=sequence)
             if said is not self._info:
                 message.worker.CopyFrom(self._info)
-                said = self._info
+                said = sent[sequence] = self._info
             await call.write(message)
             if self._is_lost(address):
                 return
@@ -218,11 +242,11 @@ class Announcer:
 
 
 async def _listen(
-    call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply], replied: Callable[[], None]
+    call: grpc.aio.StreamStreamCall[worker_pb2.Announcement, worker_pb2.AnnounceReply], replied: Callable[[int], None]
 ) -> None:
     """Read replies until the stream ends, with or without an error."""
     try:
-        async for _ in call:
-            replied()
+        async for reply in call:
+            replied(reply.sequence)
     except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError):
         return

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoint.adapters.adapter import AdapterLimits, read_adapter
-from ..checkpoint.spec import ModelSpec
 from ..core.clock import Clock
 from ..core.errors import ConfigError, RankLost
-from ..engine.adapters import AdapterFiles
-from ..engine.facts import FaceFacts, ModelFacts
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
 from ..kernels.cpu.build import NativeUnavailable, built_library
-from ..kv.keys import digest_key
-from ..kv.sizing import PoolSize
 from ..kv.slices import RankSlices
-from ..kv.store.host_store import HostStore
-from ..model.adapters.loading import AdapterLoader
-from ..model.loader import RunnerOptions, load_runner, numerics_class
+from ..model.loader import RunnerOptions, load_runner
 from ..model.ops.device import refuse_gpu_ranks, resolve_device
 from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, refuse_adapters, resolve
 from ..model.runner import Runner
@@ -32,10 +23,10 @@ from ..text.grammar import GrammarCompiler
 from ..text.incremental import check_decoder
 from ..text.same_tokens import check_draft
 from ..text.tokenizer import Tokenizer
-from .adapters import ReadAdapter
 from .assembly import engine_core, face_facts
 from .automatic import SizedWorker, size_worker
-from .codec_guard import codec_guard, refuse_guard
+from .built import BuiltEngine, Loaded, adapter_reader, assembled, host_store, model_facts, runner_options
+from .codec.guard import refuse_guard
 from .machine import cores, cores_of_rank, machine_facts, pin_thread
 from .rank_order import RankOrder
 from .rank_work import Leader, SlicedStore
@@ -47,24 +38,6 @@ from .state_memory import refuse_beside_states, refuse_role
 LOAD_S = 600.0  # longest time for all ranks to load a large model
 LEAST_SLOT_BYTES, MOST_SLOT_BYTES = 1 << 18, 16 << 20  # of one rank in a sum; larger sums take several turns
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltEngine:
-    """A loaded engine that has not started yet, and the facts that the face needs of it."""
-
-    engine: Engine
-    link: ThreadLink
-    facts: FaceFacts
-    tokenizer: Tokenizer
-    pool_size: PoolSize
-    read_adapter: ReadAdapter  # of this worker's model
-    ranks: Ranks | None = None  # the other ranks' processes, which `close` ends
-
-    def close(self) -> None:
-        """End the other ranks. Call it after the engine's end."""
-        if self.ranks is not None:
-            self.ranks.close(is_idle=self.engine.join(0))
 
 
 class _LateEngine:
@@ -104,16 +77,11 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         check_draft(draft.directory, tokenizer)
     # many chat models name their end of turn in the tokenizer only
     resolved = replace(resolved.ends_with(tokenizer.eos_ids), max_model_len=sized.max_model_len)
-    model = _model_facts(settings, resolved)
-    options = RunnerOptions(
-        num_blocks=pool_size.num_blocks,
-        block_tokens=sized.cache.block_size,
-        num_threads=settings.num_threads,
-        digest_key=digest_key(settings.cluster_key),
-        gpu=settings.gpu,
-        graph_seqs=sized.step.max_num_seqs,
-        num_states=sized.num_states,
-    )
+    for remark in resolved.spec.remarks:
+        _log.warning("%s: %s", settings.model_name, remark)
+    fingerprint = weights_fingerprint(directory)
+    model = model_facts(settings, resolved, fingerprint)
+    options = runner_options(settings, sized)
     late = _LateEngine()
     ranks = _started_ranks(settings, resolved, sized, late.fail) if settings.num_ranks > 1 else None
     try:
@@ -124,24 +92,16 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         raise
     decided = settings.model_copy(update={"step": sized.step, "cache": sized.cache})
     guessing = load_guessing(decided, resolved, draft, runner, options)
+    present = frozenset(open_source(directory).shapes())
+    if ranks is None:
+        drafts = None if guessing is None or guessing.drafter is None else guessing.drafter.runner
+        loaded = Loaded(resolved, draft, runner, drafts, tokenizer, present, fingerprint, sized)
+        return assembled(settings, clock, loaded, model, guessing)
     runner.serve_grammars(GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids).start)
     core = engine_core(settings, sized, model, None if guessing is None else guessing.speculation)
     link = ThreadLink()
-    facts = face_facts(settings, sized, model)
-    present = frozenset(open_source(directory).shapes())
-    adapter_limits = AdapterLimits(settings.model.max_lora_rank, settings.model.max_lora_bytes)
-    read = partial(_adapter_files, spec=resolved.spec, present=present, limits=adapter_limits)
-    host = None
-    if pool_size.num_swap_blocks:
-        host = HostStore(runner.store, runner.store.on_host(pool_size.num_swap_blocks))
-    if ranks is None:
-        adapters = AdapterLoader(runner, present, adapter_limits)
-        drafter = None if guessing is None else guessing.drafter
-        engine = Engine(
-            core, runner, runner.store, link, clock, host=host, adapters=adapters, drafter=drafter,
-            guard=codec_guard(sized.cache, resolved, runner, clock),
-        )  # fmt: skip
-        return BuiltEngine(engine, link, facts, tokenizer, pool_size, read)
+    facts, read = face_facts(settings, sized, model), adapter_reader(settings, resolved, present)
+    host = host_store(runner, pool_size)
     refuse_guard(sized.cache, "several tensor-parallel ranks")
     sender, group = ranks.sender, ranks.group
     slices = RankSlices(model.kv_spec, group.size)
@@ -150,7 +110,7 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
         core, leader, runner.store, link, clock, host=host,
         over_ranks=lambda mine: SlicedStore(mine, sender, group, slices),
     )  # fmt: skip
-    return BuiltEngine(engine, link, facts, tokenizer, pool_size, read, ranks)
+    return BuiltEngine(engine, link, facts, tokenizer, pool_size, read, ranks=ranks)
 
 
 def refuse_settings(settings: WorkerSettings, kind: DeviceKind) -> None:
@@ -162,12 +122,6 @@ def refuse_settings(settings: WorkerSettings, kind: DeviceKind) -> None:
     refuse_gpu_ranks(settings.num_ranks, kind)
     refuse_adapters(settings.model, settings.num_ranks)
     refuse_ranks(settings)
-
-
-def _adapter_files(directory: Path, spec: ModelSpec, present: Container[str], limits: AdapterLimits) -> AdapterFiles:
-    """Read an adapter, all of it, for its digest and its size in memory. Raises CheckpointError as `read_adapter`."""
-    adapter = read_adapter(directory, spec, present, limits)
-    return AdapterFiles(adapter.digest, adapter.directory, adapter.rank, 4 * adapter.num_parameters)
 
 
 def _started_ranks(
@@ -212,25 +166,6 @@ def _load_pinned(model: ResolvedModel, options: RunnerOptions, settings: WorkerS
 
 def _cores(settings: WorkerSettings, rank: int) -> tuple[int, ...]:
     return cores_of_rank(cores(), settings.first_core, rank, settings.num_threads)
-
-
-def _model_facts(settings: WorkerSettings, model: ResolvedModel) -> ModelFacts:
-    for remark in model.spec.remarks:
-        _log.warning("%s: %s", settings.model_name, remark)
-    numerics = numerics_class(model, settings.gpu, settings.num_ranks)
-    return ModelFacts(
-        name=settings.model_name,
-        directory=str(model.directory),
-        vocab_size=model.spec.vocab_size,
-        max_model_len=model.max_model_len,
-        eos_ids=frozenset(model.spec.eos_ids),
-        weights_fingerprint=weights_fingerprint(model.directory),
-        numerics_class=numerics.digest,
-        numerics_description=numerics.description,
-        deterministic=settings.model.deterministic,
-        kv_spec=model.kv_spec,
-        has_states=model.spec.delta is not None,
-    )
 
 
 def _sized(settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None = None) -> SizedWorker:

@@ -34,6 +34,13 @@ class Health:
         self._beat_at_s = clock.now_s()
         self._phase = "loading"
         self._ready = asyncio.Event()
+        self.is_changing = False  # the engine is replaced by another one: that there is none is no fault
+        dispatcher.on_load(self._on_load)
+
+    def follow(self, dispatcher: EngineClient) -> None:
+        """Watch another engine, which loads."""
+        self._dispatcher = dispatcher
+        self._phase, self._ready = "loading", asyncio.Event()
         dispatcher.on_load(self._on_load)
 
     async def wait_ready(self) -> None:
@@ -50,6 +57,8 @@ class Health:
 
     def is_live(self) -> bool:
         """True if the engine steps, or has no work: a draining worker too. False: only a restart can help."""
+        if self.is_changing:
+            return True
         if self._phase in _NOT_READY:
             return False
         is_stale = self._clock.now_s() - self._beat_at_s > ENGINE_LEASE.silence_s

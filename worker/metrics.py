@@ -17,7 +17,6 @@ from ..core.discovery.source import AddressSource
 from ..core.life import Life
 from ..engine.adapters import ServedAdapter
 from ..engine.facts import FaceFacts
-from ..engine.link.client import EngineClient
 from ..engine.link.messages import LoadNews
 from ..kv.sizing import PoolSize
 from .gpu.export import set_metrics
@@ -46,23 +45,29 @@ class WorkerMetrics:
         self._board = Board(self._registry, ("model_name", "engine"))
         metrics.know(self._board, *self._labels)
         self._board.know((metrics.QUEUED_PROMPT_TOKENS,), *self._labels)
-        cache = {
-            "block_size": facts.block_tokens,
-            "num_gpu_blocks": facts.num_blocks,
-            "num_cpu_blocks": pool.num_swap_blocks,
-            "cache_dtype": settings.cache.codec,
-            "enable_prefix_caching": settings.cache.prefix_caching,
-            "gpu_memory_utilization": settings.cache.memory_fraction,
-            "swap_space": settings.cache.swap_space,
-        }
-        words = [str(cache[name]) for name in metrics.CACHE_CONFIG.labels]
-        self._board.set(metrics.CACHE_CONFIG, *self._labels, *words, value=1)
+        self._cache = settings.cache
+        self.describe_cache(facts, pool)
         self.adapters: Callable[[], Sequence[ServedAdapter]] = tuple  # those that are served now
         self._max_loras = settings.model.max_loras if settings.model.serves_adapters else 0
         self._count_adapters()
         for state, is_so in (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)):
             self._board.set(metrics.SLEEP_STATE, *self._labels, state, value=is_so)
         self._count_sources(0, 0, 0)
+
+    def describe_cache(self, facts: FaceFacts, pool: PoolSize) -> None:
+        """Tell the size and the codec of the cache, again after a change."""
+        cache = {
+            "block_size": facts.block_tokens,
+            "num_gpu_blocks": facts.num_blocks,
+            "num_cpu_blocks": pool.num_swap_blocks,
+            "cache_dtype": facts.model.cache_codec or self._cache.codec,
+            "enable_prefix_caching": self._cache.prefix_caching,
+            "gpu_memory_utilization": self._cache.memory_fraction,
+            "swap_space": self._cache.swap_space,
+        }
+        words = [str(cache[name]) for name in metrics.CACHE_CONFIG.labels]
+        self._board.forget(metrics.CACHE_CONFIG, *self._labels)
+        self._board.set(metrics.CACHE_CONFIG, *self._labels, *words, value=1)
 
     def _count_adapters(self) -> None:
         """Name the adapters that sequences have now; 1 if there are some."""
@@ -110,7 +115,7 @@ class WorkerMetrics:
 
 def pages(
     exported: WorkerMetrics,
-    dispatcher: EngineClient,
+    last_load: Callable[[], LoadNews | None],
     health: Health,
     is_known: Callable[[], bool],
     gpu: Callable[[], GpuState | None],
@@ -121,7 +126,7 @@ def pages(
     """
 
     def all_metrics(accept: str) -> Answer:
-        body, content_type = exported.render(dispatcher.last_load, accept, gpu())
+        body, content_type = exported.render(last_load(), accept, gpu())
         return HTTPStatus.OK, content_type, body
 
     def probe(holds: Callable[[], bool], otherwise: str) -> Page:

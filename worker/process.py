@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -39,7 +39,7 @@ from ..kv.handover import pairing
 from ..kv.handover.frames import slot_bytes
 from ..kv.handover.plane_channel import RingPool
 from ..kv.handover.transports.communicator import Patience, join_by_torch
-from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, handlers
+from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, ServerContext, handlers
 from ..kv.handover.transports.paired_end import PairedDestination, PairedSource, PairSettings
 from ..kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
 from ..kv.keys import proof_key
@@ -55,7 +55,10 @@ from .blocks.departing import Departing
 from .blocks.departure import hand_back_after_s
 from .blocks.fetch import FetchService
 from .blocks.keep import KeepService
-from .build import BuiltEngine, build_engine
+from .build import build_engine
+from .built import BuiltEngine
+from .codec.fallback import CodecFallback
+from .codec.streams import Streams
 from .gpu.export import to_wire
 from .gpu.nvml import Library
 from .gpu.verdict import Verdict
@@ -75,6 +78,7 @@ READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
 STOP_S = 5.0  # longest time for the engine's last step
+TOLD_S = 1.0  # longest time for the routers to hear that this worker drains and comes back
 ANY_ADDRESS = ("0.0.0.0", "::")  # then a paired channel uses the address of the machine's name
 PAIR_PATIENCE = Patience(join_s=10.0, operation_s=10.0)
 
@@ -116,6 +120,15 @@ class WorkerProcess:
         self._is_stopping = False
         self._nvml = nvml
         self._gpu: GpuWatch | None = None
+        self.streams = Streams()
+        self.fallback: CodecFallback | None = None  # of this worker's cache, when its guard says so
+        self._serving: EngineClient | None = None  # of the engine whose end is this worker's
+        self._drains_by_order = False
+
+    @property
+    def clock(self) -> Clock:
+        """Its clock."""
+        return self._clock
 
     @property
     def address(self) -> str:
@@ -158,19 +171,16 @@ class WorkerProcess:
         room = self._room = await asyncio.to_thread(build_engine, self.settings, self._clock)
         log.info("%s computes with %s", self.settings.worker_id, room.facts.model.numerics_description)
         log.info("%s: %s", self.settings.worker_id, room.pool_size.arithmetic)
-        self.dispatcher = EngineClient(room.link)
-        self._make_faces(room)
-        room.engine.start()
-        self._tasks.append(asyncio.create_task(self._dispatch()))
-        await self._ready()
+        self._facts, self.dispatcher = room.facts, EngineClient(room.link)
+        self._make_lasting(room)
+        await self._serve(room)
+        if room.fallback is not None and room.loaded is not None:
+            self.fallback = CodecFallback(self, room.fallback, room.loaded)
         for module in self.settings.model.lora_modules:
             await self.adapters.load(module.name, module.path)
         await self._bind()
         self._tasks.append(asyncio.create_task(self.health.keep()))
-        self._announcer = Announcer(
-            self.settings.routers, self.info(), self._proof_key, sources=self._sources, tls=self._tls
-        )
-        self._announcer.start()
+        self._announcer = self._announcing()
         if self.metrics_address:
             url = f"http{'s' if self._tls else ''}://{self.metrics_address}/metrics"
             log.info("%s exports metrics at %s", self.settings.worker_id, url)
@@ -185,6 +195,8 @@ class WorkerProcess:
             return
         self._is_stopping = True
         end_s = self._clock.now_s() + grace_s
+        if self.fallback is not None:
+            await self.fallback.close()
         if self._announcer is not None:
             await self._announcer.leave()  # first, so that no router sends new work while the running work ends
         if self._server is not None:
@@ -198,11 +210,7 @@ class WorkerProcess:
             if not await asyncio.to_thread(self._room.engine.join, STOP_S):
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
             await asyncio.to_thread(self._room.close)
-            await self.pairs.close()
-            self.decode.close()
-            self._journal.close()
-            if self.rings is not None:
-                self.rings.close()
+            await self._close_faces()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -216,6 +224,11 @@ class WorkerProcess:
 
         Other workers fetch the blocks of what was handed back until `end_s`; None: for at most LINGER_S.
         """
+        self._drains_by_order = True
+        return await self.drain_faces(timeout_s, end_s)
+
+    async def drain_faces(self, timeout_s: float, end_s: float | None = None) -> int:
+        """As `drain`, but faces that take the place of these take new work."""
         gave_back = self.departing.gave_back
         drains = self.decode.drain(timeout_s, gave_back), self.prefill.drain(timeout_s)
         handed_back = sum(await asyncio.gather(*drains))
@@ -236,8 +249,10 @@ class WorkerProcess:
         """
         if self._is_stopping or self.fault is not None or self.ended.is_set():
             raise ConfigError(f"{self.settings.worker_id} ends already; start it again")
-        self.decode.undrain()
-        self.prefill.undrain()
+        self._drains_by_order = False
+        if not self.health.is_changing:  # else the faces that come take work
+            self.decode.undrain()
+            self.prefill.undrain()
         log.info("%s takes work again: its drain was undone", self.settings.worker_id)
         self._announce()
 
@@ -247,12 +262,12 @@ class WorkerProcess:
         Raises:
             ConfigError: the model is not served in this role.
         """
-        assert self._room is not None, "start first"
-        model = self._room.facts.model
+        model = self._facts.model
         if model.has_states:
             refuse_role(model.name, role)
         self.role = role
-        self._room.link.send(link.SetRole(role))
+        if self._room is not None:
+            self._room.link.send(link.SetRole(role))
         log.info("%s is %s from now on", self.settings.worker_id, role.value)
         self._announce()
 
@@ -260,8 +275,7 @@ class WorkerProcess:
 
     def info(self) -> common_pb2.WorkerInfo:
         """This worker's info for Announce, Describe and Welcome."""
-        assert self._room is not None, "start first"
-        facts = self._room.facts
+        facts = self._facts
         model = facts.model
         return common_pb2.WorkerInfo(
             worker_id=facts.worker_id,
@@ -279,6 +293,8 @@ class WorkerProcess:
                 kv_spec=spec_to_wire(model.kv_spec),
                 deterministic=model.deterministic,
                 path=model.directory,
+                cache_codec=model.cache_codec,
+                fell_back_from=model.fell_back_from,
             ),
             num_kv_blocks=facts.num_blocks,
             block_tokens=facts.block_tokens,
@@ -290,13 +306,107 @@ class WorkerProcess:
             tensor_parallel_size=facts.num_ranks,
             gpus=self._gpus(),
             adapters=self.adapters.messages(),
+            changes_codec_to="" if self.fallback is None else self.fallback.changes_to,
         )
+
+    # ------------------------------------------------------------------ another engine in the place of this one
+
+    async def begin_change(self) -> None:
+        """Tell the routers that this worker drains and comes back, and that to probes this is no fault."""
+        self.health.is_changing = True
+        if self._announcer is not None:
+            await self._announcer.tell(self.info(), TOLD_S)
+
+    async def retire(self) -> None:
+        """End the engine, after a drain: its faces are closed, and nothing here refers to it any more.
+
+        Raises:
+            InternalError: its last step does not end.
+        """
+        room = self.room
+        self._serving = None
+        room.link.send(link.Stop())
+        if not await asyncio.to_thread(room.engine.join, STOP_S):
+            raise InternalError(f"the engine's last step did not end within {STOP_S:.0f} s")
+        await asyncio.to_thread(room.close)
+        await self._close_faces()
+        self._room = None
+
+    async def install(self, room: BuiltEngine) -> None:
+        """Serve with another engine, under another incarnation.
+
+        Raises:
+            InternalError: it does not become ready.
+        """
+        self.incarnation = time.time_ns()
+        self._facts, self.dispatcher = room.facts, EngineClient(room.link)
+        self.health.follow(self.dispatcher)
+        self.adapters.follow(self.dispatcher)
+        self._metrics.describe_cache(room.facts, room.pool_size)
+        await self._serve(room)
+
+    async def abandon(self, room: BuiltEngine) -> None:
+        """Give up an engine that did not become ready; another one takes its place."""
+        room.link.send(link.Stop())
+        if not await asyncio.to_thread(room.engine.join, STOP_S):
+            raise InternalError(f"an engine that did not become ready did not end within {STOP_S:.0f} s")
+        await self._close_faces()
+        self._room = None
+
+    async def end_change(self) -> None:
+        """Announce the other engine; routers and peers open their streams anew."""
+        self.health.is_changing = False
+        if self._drains_by_order:
+            self.decode.draining.is_on = self.prefill.draining.is_on = True
+        before, self._announcer = self._announcer, self._announcing()
+        if before is not None:
+            await before.end()
+        self.streams.end()
 
     # ------------------------------------------------------------------ inside
 
+    def _announcing(self) -> Announcer:
+        announcer = Announcer(self.settings.routers, self.info(), self._proof_key, sources=self._sources, tls=self._tls)
+        announcer.start()
+        return announcer
+
+    def _make_lasting(self, room: BuiltEngine) -> None:
+        """Parts that stay when the engine is replaced."""
+        facts, model = room.facts, self.settings.model
+        self._metrics = WorkerMetrics(self.settings, facts, room.pool_size, self.counters, self._sources)
+        bounds = AdapterBounds(model.max_loras, model.max_lora_bytes) if model.serves_adapters else AdapterBounds()
+        table = AdapterTable(bounds, self._drop_adapter)
+        self._metrics.adapters = lambda: table.served
+        self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
+        self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
+
+    def _drop_adapter(self, slot: int) -> None:
+        self.dispatcher.drop_adapter(slot)  # of the engine that there is then
+
+    async def _serve(self, room: BuiltEngine) -> None:
+        """Start an engine with faces of its own. Returns when it is ready.
+
+        Raises:
+            InternalError: it does not become ready.
+        """
+        self._room = room
+        self._make_faces(room)
+        room.engine.start()
+        dispatching = asyncio.create_task(self._dispatch(self.dispatcher))
+        self._tasks.append(dispatching)
+        await self._ready(dispatching)
+        self._serving = self.dispatcher
+
+    async def _close_faces(self) -> None:
+        await self.pairs.close()
+        self.decode.close()
+        self._journal.close()
+        if self.rings is not None:
+            self.rings.close()
+
     def _make_faces(self, room: BuiltEngine) -> None:
         facts, settings = room.facts, self.settings
-        self._metrics = WorkerMetrics(settings, facts, room.pool_size, self.counters, self._sources)
+        table = self.adapters.table
         common: dict[str, Any] = {
             "dispatcher": self.dispatcher,
             "executor": self._executor,
@@ -307,11 +417,6 @@ class WorkerProcess:
             "ended": self._metrics.ended,
         }
         self.rings = _rings(facts, settings.cache.shared_bytes)
-        model = settings.model
-        bounds = AdapterBounds(model.max_loras, model.max_lora_bytes) if model.serves_adapters else AdapterBounds()
-        table = AdapterTable(bounds, self.dispatcher.drop_adapter)
-        self._metrics.adapters = lambda: table.served
-        self.adapters = WorkerAdapters(table, self.dispatcher, room.read_adapter, facts.model.name, self._announce)
         self.pairs = self._pairs(facts)
         self.pairing = PairService(
             self._source,
@@ -340,7 +445,6 @@ class WorkerProcess:
         self.departing = Departing(self._clock)
         self.fetch = FetchService(facts, self.dispatcher, self.counters, self.departing)
         self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)
-        self.health = Health(self.dispatcher, self._clock, lambda: self.is_draining)
 
     def _pairs(self, facts: FaceFacts) -> Pairs:
         """Paired channels of this worker as decode; none are made unless its transport says so."""
@@ -395,20 +499,21 @@ class WorkerProcess:
         self.fault = self._gpu.fault()
         self.ended.set()
 
-    async def _dispatch(self) -> None:
+    async def _dispatch(self, dispatcher: EngineClient) -> None:
         try:
-            await self.dispatcher.run()
+            await dispatcher.run()
         finally:
-            self.ended.set()
-            if not self._is_stopping:
-                log.error("%s: the engine has ended", self.settings.worker_id)
+            if dispatcher is self._serving:
+                self.ended.set()
+                if not self._is_stopping:
+                    log.error("%s: the engine has ended", self.settings.worker_id)
 
-    async def _ready(self) -> None:
+    async def _ready(self, dispatching: asyncio.Task[None]) -> None:
         ready = asyncio.create_task(self.health.wait_ready())
         ended = asyncio.create_task(self.ended.wait())
         try:
-            await asyncio.wait([ready, ended], timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
-            if not ready.done():
+            await asyncio.wait([ready, ended, dispatching], timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done() or dispatching.done():
                 raise self.fault or InternalError("the engine did not become ready; its log has more")
         finally:
             for task in (ready, ended):
@@ -418,7 +523,7 @@ class WorkerProcess:
         host, port = self._host(), self.settings.port
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[self._guard])
         server.add_generic_rpc_handlers(
-            handlers(self.prefill.transfer, self.pairing.pair, self.fetch.fetch, self.keep.keep)
+            handlers(self._transfer, self._pair, self._fetch, self._keep)  # of the faces that there are then
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(self), server)
         self.health.add_to(server)
@@ -434,10 +539,24 @@ class WorkerProcess:
         self._server = server
         if self.settings.metrics_port is not None:
             gpu = self._gpu.state if self._gpu is not None else lambda: None
-            served = pages(self._metrics, self.dispatcher, self.health, self._is_known, gpu)
+            served = pages(self._metrics, lambda: self.dispatcher.last_load, self.health, self._is_known, gpu)
             context = self._tls.http_context() if self._tls else None
             self._scrapes = ScrapeServer(served, self.settings.metrics_keys, context=context)
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
+
+    async def _transfer(self, messages: AsyncIterator[bytes], context: ServerContext) -> None:
+        await self.prefill.transfer(messages, context)
+
+    async def _pair(self, messages: AsyncIterator[bytes], context: ServerContext) -> None:
+        with self.streams.running():
+            await self.pairing.pair(messages, context)
+
+    async def _fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
+        async for piece in self.fetch.fetch(request, context):
+            yield piece
+
+    async def _keep(self, request: bytes, context: ServerContext) -> bytes:
+        return await self.keep.keep(request, context)
 
     def _host(self) -> str:
         """The host to bind.
@@ -457,7 +576,7 @@ class WorkerProcess:
 
     def _running_bytes(self) -> int:
         """KV of the sequences that run, by the last beat."""
-        load, facts = self.dispatcher.last_load, self.room.facts
+        load, facts = self.dispatcher.last_load, self._facts
         return 0 if load is None else load.running_context_tokens * facts.model.kv_spec.bytes_per_token
 
     async def _all_ended(self) -> None:

@@ -15,7 +15,7 @@ from ..engine.speculation.ngram import NgramLimits, NgramProposer
 from ..engine.speculation.speculation import Speculation
 from ..kernels.cpu.build import built_library
 from ..model.drafter import ModelDrafter
-from ..model.loader import RunnerOptions, load_runner
+from ..model.loader import RunnerOptions, load_runner, runner_over_new_store
 from ..model.resolved import DeviceKind, ResolvedModel, resolve_draft
 from ..model.runner import Runner
 from .settings import WorkerSettings
@@ -58,11 +58,18 @@ def resolved_draft(settings: WorkerSettings, kind: DeviceKind) -> ResolvedModel 
 
 
 def load_guessing(
-    settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None, target: Runner, options: RunnerOptions
+    settings: WorkerSettings,
+    model: ResolvedModel,
+    draft: ResolvedModel | None,
+    target: Runner,
+    options: RunnerOptions,
+    *,
+    loaded: Runner | None = None,
 ) -> Guessing | None:
     """Load what guesses beside the runner `target` of `model`; None: speculation is off.
 
     `settings` with the decided step and cache. `options`: of the target; the draft model's pool has as many blocks.
+    `loaded`: a runner of the draft model that was loaded before, whose weights are kept.
 
     Raises:
         CheckpointError: the draft model's weights cannot be read.
@@ -77,7 +84,11 @@ def load_guessing(
     context = min(draft.max_model_len, model.max_model_len)
     draft = replace(draft, spec=_with_ends(draft.spec, model.spec), max_model_len=context)
     is_alike = (draft.dtype, draft.quantization, draft.kernels) == (model.dtype, model.quantization, model.kernels)
-    runner = load_runner(draft, replace(options, num_states=0, seals=False), ops=target.ops if is_alike else None)
+    options = replace(options, num_states=0, seals=False)
+    if loaded is None:
+        runner = load_runner(draft, options, ops=target.ops if is_alike else None)
+    else:
+        runner = runner_over_new_store(loaded, draft, options)
     holdings = DraftHoldings(options.num_blocks, options.block_tokens, finds_prefixes=settings.cache.prefix_caching)
     bounds = DraftBounds(draft.max_model_len, min(draft.spec.vocab_size, model.spec.vocab_size))
     planner = DraftPlanner(bounds, holdings, CatchUp(CATCH_UP_SHARE * step.target_ms, step.max_num_batched_tokens))

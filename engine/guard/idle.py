@@ -12,6 +12,8 @@ from .machine import CodecGuard, Part, PartScore
 
 _log = logging.getLogger(__name__)
 
+RESTART = "restart this worker with another --kv-cache-dtype (bfloat16)"
+
 
 class Scorer(Protocol):
     """Computes parts: model/codec_guard.py, or a replacement without weights."""
@@ -27,8 +29,10 @@ class Scorer(Protocol):
 class IdleGuard:
     """A guard with its scorer."""
 
-    def __init__(self, guard: CodecGuard, scorer: Scorer, clock: Clock) -> None:
+    def __init__(self, guard: CodecGuard, scorer: Scorer, clock: Clock, follows: str = RESTART) -> None:
+        """`follows`: what is done past the bound, for the log."""
         self._guard = guard
+        self._follows = follows
         self._scorer = scorer
         self._clock = clock
 
@@ -60,9 +64,8 @@ class IdleGuard:
         if verdict is not None:
             _log.error(
                 "the KV cache in %s differs from bfloat16 by %.3g nats per token, mean of the last %d sampled prompts: "
-                "more than cache.guard_bound allows. Answers may be worse than the model's; restart this worker with "
-                "another --kv-cache-dtype (bfloat16)",
-                self._scorer.served, verdict.mean_nats, verdict.num_scores,
+                "more than cache.guard_bound allows. Answers may be worse than the model's; %s",
+                self._scorer.served, verdict.mean_nats, verdict.num_scores, self._follows,
             )  # fmt: skip
 
     @property

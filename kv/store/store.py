@@ -108,6 +108,12 @@ class KvStore:
         """An empty store in host memory, with the same spec, block size and digest key."""
         return KvStore(self.spec, num_blocks, self.block_tokens, digest_key=self._key)
 
+    def release(self) -> None:
+        """Give the memory of all planes back, whoever still refers to the store. It must not be used any more."""
+        self._components.clear()
+        self._planes.clear()
+        self._births = self._sealer = self.states = None
+
     # ------------------------------------------------------------------ the step
 
     def planes(self, layer: int) -> tuple[Planes, ...]:

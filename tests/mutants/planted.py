@@ -77,6 +77,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/codec": ("tests/kv/test_codec.py", "tests/kv/test_byte_codecs.py"),
     "kernels/reference_codecs": ("tests/kv/test_byte_codecs.py",),
     "kv/spec": ("tests/kv/test_codec_choice.py",),
+    "engine/guard/fallback": ("tests/engine/test_codec_change.py",),
     "engine/guard/": ("tests/engine/test_codec_guard.py",),
     "model/codec_guard": ("tests/model/test_codec_guard.py",),
     "kv/handover/plane_channel": ("tests/kv/test_shared_memory.py",),
@@ -95,7 +96,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/cache/residency": ("tests/kv/test_residency.py",),
     "kv/cache/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "kv/block": ("tests/kv/test_identities.py",),
-    "kv/keys": ("tests/kv/test_identities.py", "tests/core/test_proof.py"),
+    "kv/keys": (
+        "tests/kv/test_identities.py",
+        "tests/core/test_proof.py",
+        "tests/router/requests/test_codec_change.py",
+    ),
     "kv/sizing": ("tests/cluster/test_placement.py",),
     "kv/slices": ("tests/worker/test_rank_work.py",),
     "kv/": ("tests/kv/test_pool.py", "tests/kv/test_prefix.py"),
@@ -123,7 +128,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "model/decoder/": ("tests/model/test_quantised_checkpoints.py",),
     "model/adapters/": ("tests/model/test_adapters.py",),
     "router/workers/loaded_adapters": ("tests/router/workers/test_loaded_adapters.py",),
-    "router/routing/fleet": (*_PURE, "tests/router/routing/test_adapters.py"),
+    "router/routing/fleet": (
+        *_PURE,
+        "tests/router/routing/test_adapters.py",
+        "tests/router/requests/test_codec_change.py",
+    ),
     "engine/policy": (
         "tests/prefill_worker/test_prefill_policy.py",
         "tests/decode_worker/test_decode_policy.py",
@@ -191,7 +200,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_worker_faults.py",
         "tests/worker/test_paired_workers.py",
     ),
-    "router/routing/known_worker": ("tests/router/routing/test_stall.py", *_PURE),
+    "router/routing/known_worker": (
+        "tests/router/routing/test_stall.py",
+        *_PURE,
+        "tests/router/requests/test_codec_change.py",
+    ),
     "router/routing/prefixes": ("tests/router/routing/test_prefixes.py", *_PURE),
     "router/requests/dispatch": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/registry": (
@@ -303,6 +316,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "cluster/operations/rolling": ("tests/cluster/operations/test_rolling.py",),
     "cluster/operations/departures": ("tests/cluster/operations/test_control.py",),
     "cluster/restarts": ("tests/cluster/test_restarts.py",),
+    "cluster/lives": ("tests/cluster/test_members.py",),
     "cluster/members": ("tests/cluster/test_members.py",),
     "cluster/supervisor": ("tests/cluster/test_supervisor.py", "tests/cluster/test_drained.py"),
     "worker/blocks/keep": (

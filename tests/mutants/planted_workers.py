@@ -216,7 +216,7 @@ _CLUSTER = [
         "Announcement(leaving=False, sequence=sequence)",
     ),
     Mutant("worker/announcer.py", "            if said is not self._info:\n", "            if said is None:\n"),
-    Mutant("worker/announcer.py", "                said = self._info\n", ""),
+    Mutant("worker/announcer.py", "said = sent[sequence] = self._info\n", "sent[sequence] = self._info\n"),
     Mutant("worker/announcer.py", "        self._info = info\n        for event", "        for event"),
     Mutant(
         "worker/announcer.py", "            failures = 0 if reached else failures + 1\n", "            failures += 1\n"

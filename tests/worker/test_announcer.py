@@ -49,6 +49,26 @@ async def test_a_router_that_answered_is_tried_again_as_soon_as_a_new_one(monkey
     assert retry.attempts[:8] == [1, 2, 3, 1, 1, 2, 1, 1]
 
 
+async def test_what_is_told_is_known_to_every_router_that_answers() -> None:
+    ears = [Ear(), Ear()]
+    servers = [await ear.listen() for ear in ears]
+    told = common_pb2.WorkerInfo(worker_id="w")
+    announcer = Announcer(["127.0.0.1:1", *(address for _, address in servers)], told, KEY)
+    announcer.start()
+    try:
+        await until(lambda: announcer.num_answering == 2)
+        await announcer.tell(common_pb2.WorkerInfo(worker_id="w", changes_codec_to="bfloat16"), 60.0)
+        for ear in ears:
+            assert ear.heard[-1].worker.changes_codec_to == "bfloat16"
+            assert not ear.heard[-1].leaving
+        await announcer.end()
+        assert not any(message.leaving for ear in ears for message in ear.heard)
+    finally:
+        await announcer.leave()
+        for server, _ in servers:
+            await server.stop(None)
+
+
 class Deaf(Ear):
     """Answers once, and then no more: its machine is gone, and no packet says so."""
 
