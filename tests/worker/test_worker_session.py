@@ -13,6 +13,7 @@ from twostroke.decode_worker import service
 from twostroke.decode_worker.router_session import SessionTiming
 from twostroke.engine.config import StepConfig
 from twostroke.protos import common_pb2, worker_pb2
+from twostroke.router.requests.attempts import CONFIRMS
 from twostroke.text.stream import TextStream
 
 LENGTH, STOP, ERROR, CANCELLED = (
@@ -454,3 +455,30 @@ async def test_text_that_cannot_be_made_ends_its_own_choice_and_no_other(
     assert "log" in ends[1].error.message
     assert [len(answer.token_ids) for answer in answers if answer is not answers[1]] == [12, 12]
     await all_free(worker, *peers)
+
+
+async def test_an_order_of_a_suspect_is_confirmed_before_its_first_token(hand, make_prompt):
+    for name, confirm in (("plain", 0), ("suspect", 4)):
+        answer = await hand.submit(name, make_prompt(20), sampling={"max_tokens": 6, **FREE}, confirm=confirm)
+        await answer.ended()
+    ((place, taken),) = [(place, one) for place, m in enumerate(hand.messages) for one in m.step.taken]
+    assert (taken.request_id, taken.epoch.counter, taken.HasField("peer")) == ("suspect", 1, False)
+    assert not any(part.request_id == "suspect" for m in hand.messages[:place] for part in m.step.tokens)
+    assert CONFIRMS in hand.welcome.capabilities
+
+
+async def test_a_suspect_is_refused_while_one_of_another_router_is_computed(alone, hand, router_of, make_prompt):
+    other = await router_of(alone, router_id="other")
+    theirs = await other.submit("theirs", make_prompt(20), sampling={"max_tokens": 1500, **FREE}, confirm=2000)
+    await theirs.until(lambda answer: bool(answer.token_ids))
+    answer = await hand.submit("suspect", make_prompt(20), confirm=4)
+    refused = (await answer.ended()).end
+    assert (refused.reason, refused.error.code) == (ERROR, "overloaded")
+    assert not any(m.step.taken for m in hand.messages)
+    plain = await hand.submit("plain", make_prompt(20))
+    assert (await plain.ended()).end.reason != ERROR
+    await other.cancel("theirs")
+    await theirs.ended()
+    answer.ends.clear()
+    await hand.submit("suspect", make_prompt(20), counter=2, confirm=4)
+    assert (await answer.ended()).end.reason != ERROR
