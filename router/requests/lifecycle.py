@@ -42,7 +42,7 @@ from .orders import Orders
 from .roster import Roster
 from .state import RequestState, RequestStates, Stage
 from .surroundings import Driver, LifeLimits, Observer
-from .suspects import acquit, blame
+from .suspects import acquit, blame, forgive
 from .waiting import Waiting
 
 MAX_DISPATCHES = 3  # of a request without output, but for refusals of full workers, which its patience bounds
@@ -179,12 +179,16 @@ class Lifecycle:
             if run is not None:
                 self._take_end(run, end, now_s)
 
-    def lost(self, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False) -> None:
+    def lost(
+        self, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False, was_silent: bool = False
+    ) -> None:
         """A worker is lost: its requests go on elsewhere, but for one that it was lost by, as an earlier one was.
 
-        `has_left`: it had said before that it leaves, so no request is to blame.
+        `has_left`: it had said before that it leaves, so no request is to blame. `was_silent`: it may hang.
         """
-        guilty = None if has_left else blame(key, self.runs.active.values(), now_s)
+        active = self.runs.active.values()
+        forgive(active, self._fleet.lives)
+        guilty = None if has_left else blame(key, active, now_s, was_silent=was_silent)
         if guilty is not None and guilty.suspicion is not None:
             names = ", ".join(one.worker_id for one in (*guilty.suspicion.workers, key))
             poison = f"the workers {names} were lost with this request; it is not given to another one"
@@ -199,8 +203,10 @@ class Lifecycle:
         self.entrance.wake()
 
     def tick(self, now_s: float) -> None:
-        """Cancel the requests of clients that do not read, and use what load reports say of free workers."""
+        """Cancel the requests of clients that do not read; use what is known of free workers, and of those back."""
         self.entrance.wake()
+        if forgive(self.runs.active.values(), self._fleet.lives):
+            self.workers_changed()  # the next suspects may take their places
         patience_s = self._limits.slow_client_s
         for run in list(self.runs.active.values()):
             if run.is_slow(now_s, patience_s):

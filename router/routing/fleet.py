@@ -53,6 +53,7 @@ class FleetChange:
     worker: WorkerFacts
     reason: str
     has_left: bool = False  # it had reported that it drains or leaves
+    was_silent: bool = False  # it had said nothing for a while: it may hang, and come back in the same life
 
 
 class Fleet:
@@ -130,7 +131,7 @@ class Fleet:
             return self._gone(worker, now_s, reason)
         self._note_loss(worker, now_s)
         worker.in_flight.clear()
-        return [FleetChange(Change.LOST, worker.facts, reason)]
+        return [FleetChange(Change.LOST, worker.facts, reason, was_silent=worker.silent)]
 
     def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> bool:
         """A message arrived on a worker's session; phase and steps come with a Beat only.
@@ -203,6 +204,11 @@ class Fleet:
     def get(self, worker_id: str) -> Worker | None:
         """The worker of that name in any state, or None."""
         return self._workers.get(worker_id)
+
+    def lives(self, key: WorkerKey) -> bool:
+        """True if this life of a worker has a session."""
+        worker = self._find(key)
+        return worker is not None and worker.session_up
 
     def serving(self, model: str, adapter: bytes = b"") -> list[Worker]:
         """Live workers of a model that hold an adapter (empty: none is needed), sorted by name."""
@@ -280,7 +286,7 @@ class Fleet:
         worker.in_flight.clear()
         self._workers.pop(worker.facts.worker_id, None)
         self.num_lost += 0 if worker.draining else 1
-        return [FleetChange(Change.GONE, worker.facts, reason, has_left=worker.draining)]
+        return [FleetChange(Change.GONE, worker.facts, reason, has_left=worker.draining, was_silent=worker.silent)]
 
     def _forgive_own_pause(self, now_s: float) -> None:
         """Do not count a pause of this process as silence of the workers.

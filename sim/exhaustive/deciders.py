@@ -332,7 +332,9 @@ class Router:
 
     def lost(self, change: FleetChange) -> None:
         """Implements `Wires.lost`."""
-        self.life.lost(change.worker.key, change.reason, self._now_s, has_left=change.has_left)
+        self.life.lost(
+            change.worker.key, change.reason, self._now_s, has_left=change.has_left, was_silent=change.was_silent
+        )
 
     def changed(self) -> None:
         """Implements `Wires.changed`."""

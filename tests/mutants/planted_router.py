@@ -311,6 +311,12 @@ _LIVES = [
     Mutant("router/requests/suspects.py", "said or not living.confirms", "said"),
     Mutant("router/requests/suspects.py", "        rests_s = now_s + APART_S\n", "        pass\n"),
     Mutant("router/requests/suspects.py", "return now_s - old.unconfirmed_s >= APART_S", "return True"),
+    Mutant("router/requests/suspects.py", "if key in old.silent or not lives(key)", "if not lives(key)"),
+    Mutant(
+        "router/requests/suspects.py", "            run.suspicion, is_one_dropped = None, True\n", "            pass\n"
+    ),
+    Mutant("router/requests/lifecycle.py", "        forgive(active, self._fleet.lives)\n", ""),
+    Mutant("router/routing/fleet.py", "worker.facts, reason, was_silent=worker.silent)]", "worker.facts, reason)]"),
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
     Mutant("router/requests/suspects.py", "if living.prefill is not None and living.prefill not in lost:", "if False:"),
     Mutant("router/requests/choosing.py", "        if rests_until_s(run) > now_s:\n            return None\n", ""),

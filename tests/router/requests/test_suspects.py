@@ -310,3 +310,57 @@ def test_a_request_that_is_refused_by_workers_that_stay_is_not_sent_for_ever() -
         router.end(run, code="unavailable")
         router.pass_s(0.1)
     assert isinstance(run.error, errors.Unavailable)
+
+
+# ------------------------------------------------------------------ workers that were cut off
+
+
+def cut(router: Router, key: WorkerKey) -> None:
+    """A worker's session breaks; the worker lives and still announces itself."""
+    router.roster.session_down(key, "broke", router.now_s)
+    router.pass_s(0.0)
+
+
+def is_back(router: Router, key: WorkerKey) -> None:
+    """The session of a worker is open again, in the same life."""
+    router.up.add(key)
+    router.roster.session_up(key, None, router.now_s)
+
+
+def test_a_worker_that_is_back_in_the_same_life_was_killed_by_nobody() -> None:
+    router = Router("a", capabilities=CONFIRMING)
+    runs = [router.ask(f"r{index}", sampling=LONG) for index in range(3)]
+    router.join("b")
+    cut(router, WorkerKey("a", 1))
+    assert sum(run.stage is Stage.DISPATCHED for run in runs) == 1
+    is_back(router, WorkerKey("a", 1))
+    router.life.tick(router.now_s)
+    router.pass_s(0.0)
+    assert all(run.suspicion is None and run.stage is Stage.DISPATCHED for run in runs)
+
+
+def test_who_was_cut_off_twice_is_guilty_of_nothing() -> None:
+    router, (run,) = lost_once("b")
+    router.tokens(run, PROOF_TOKENS)
+    router.join("c")
+    for _ in range(2):
+        key = placed(run)
+        cut(router, key)
+        router.taken(run)
+        is_back(router, key)
+    assert run.error is None
+    kill(router, placed(run))
+    assert (run.error, len(run.suspicion.workers)) == (None, 1)
+
+
+def test_a_worker_that_had_fallen_silent_may_have_hung_on_a_request() -> None:
+    router = Router("a", capabilities=CONFIRMING)
+    run = router.ask(sampling=LONG)
+    router.tokens(run)
+    for _ in range(25):
+        router.pass_s(0.1)
+        router.roster.tick(router.now_s, 100)
+    assert run.suspicion is not None
+    is_back(router, WorkerKey("a", 1))
+    router.life.tick(router.now_s)
+    assert run.suspicion is not None
