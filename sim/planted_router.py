@@ -95,7 +95,7 @@ def _telling(tells: Any) -> Any:
 def one_loss_is_two_dispatches() -> AbstractContextManager[None]:
     """A real bug once: a request that waits for a worker still counts as running on its last worker."""
 
-    def lost(self: Lifecycle, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False) -> None:
+    def lost(self: Lifecycle, key: WorkerKey, reason: str, now_s: float, **_: bool) -> None:
         for run in list(self.runs.active.values()):
             if run.current is not None and run.current.decode == key:
                 run.stage = Stage.DISPATCHED

@@ -206,7 +206,7 @@ class Lifecycle:
         """Cancel the requests of clients that do not read; use what is known of free workers, and of those back."""
         self.entrance.wake()
         if forgive(self.runs.active.values(), self._fleet.lives):
-            self.workers_changed()  # the next suspects may take their places
+            self.workers_changed()  # suspects that wait may be sent now
         patience_s = self._limits.slow_client_s
         for run in list(self.runs.active.values()):
             if run.is_slow(now_s, patience_s):

@@ -315,6 +315,11 @@ _LIVES = [
     Mutant(
         "router/requests/suspects.py", "            run.suspicion, is_one_dropped = None, True\n", "            pass\n"
     ),
+    Mutant(
+        "router/requests/lifecycle.py",
+        "            self.workers_changed()  # suspects that wait",
+        "            pass  # suspects that wait",
+    ),
     Mutant("router/requests/lifecycle.py", "        forgive(active, self._fleet.lives)\n", ""),
     Mutant("router/routing/fleet.py", "worker.facts, reason, was_silent=worker.silent)]", "worker.facts, reason)]"),
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
