@@ -25,7 +25,7 @@ LONGEST_S = 60.0
 DRAIN_S = 12.0  # longer than the sum of all graces, silences and deadlines of a setting
 MAX_EVENTS = 200_000
 KILLED_S = 0.5  # until a worker that a request killed begins its next life
-MOST_KILLED = 4  # by one request: a third that its router knows of, while its decode worker goes on by itself
+MOST_KILLED = 6  # by one request: of two orders the decode worker, and both peers that it asks before its router hears
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,10 @@ loss: it takes three workers. Losses within APART_S of each other count once, an
 that of workers lost in one instant, however many, only one counts. A worker without the capability CONFIRMS counts as
 if it had confirmed.
 
+Both numbers are of losses that this router sees. A decode worker whose peer is lost asks the next one, or computes the
+prompt itself, without asking its router: a prompt that kills prefill workers may take all peers of an order and its
+decode worker before the first of these losses is noticed.
+
 A worker that was lost for another reason after it confirmed a suspect makes that one fail wrongly; this needs two
 losses within the few steps of the proof.
 """
