@@ -359,8 +359,11 @@ def test_a_worker_that_had_fallen_silent_may_have_hung_on_a_request() -> None:
     router.tokens(run)
     for _ in range(25):
         router.pass_s(0.1)
+        (worker,) = router.roster.fleet
+        router.roster.announced(worker.facts, router.now_s)  # by another stream
         router.roster.tick(router.now_s, 100)
     assert run.suspicion is not None
     is_back(router, WorkerKey("a", 1))
+    assert router.roster.fleet.lives(WorkerKey("a", 1))
     router.life.tick(router.now_s)
     assert run.suspicion is not None
