@@ -334,6 +334,7 @@ def test_a_worker_that_is_back_in_the_same_life_was_killed_by_nobody() -> None:
     cut(router, WorkerKey("a", 1))
     assert sum(run.stage is Stage.DISPATCHED for run in runs) == 1
     is_back(router, WorkerKey("a", 1))
+    router.pass_s(0.0)
     router.life.tick(router.now_s)
     router.pass_s(0.0)
     assert all(run.suspicion is None and run.stage is Stage.DISPATCHED for run in runs)
