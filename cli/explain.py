@@ -122,6 +122,8 @@ def candidates(choice: Mapping[str, Any]) -> Table:
         sources = one.get("fetched_from") or []
         pair = [one["prefill_worker"], one["decode_worker"]] if one["prefill_worker"] else [one["decode_worker"]]
         name = f"{sources[0]} >> {pair[-1]}" if sources else " + ".join(pair)
+        if returns := one.get("prefill_fetched_from"):
+            name = f"{returns[0]} >> {name}"
         numbers = [_number(one.get(name) or 0.0) for name in terms]
         table.add_row(Text(mark + name), f"{one['prefill_held_tokens']:,}", *numbers)
     return table

@@ -143,6 +143,11 @@ SERVED_BLOCKS = Metric(
 )
 SERVED_BYTES = Metric("twostroke_fetch_served_bytes", Kind.COUNTER, "Bytes of these blocks, without headers")
 FETCH_FAILURES = Metric("twostroke_fetch_failures", Kind.COUNTER, "Fetches that ended otherwise than complete or short")
+PREFILL_FETCHED = Metric(
+    "twostroke_prefill_fetched_tokens",
+    Kind.COUNTER,
+    "Prompt tokens whose KV a prefill worker fetched from decode workers instead of computing it",
+)
 ITERATION_TOKENS = Metric(
     "vllm:iteration_tokens_total", Kind.HISTOGRAM, "Tokens computed in an engine step", buckets.STEP_TOKENS
 )
@@ -182,6 +187,7 @@ COUNTED_BY_ENGINES = {
     FETCHED_BYTES: ("fetched_bytes",),
     SERVED_BLOCKS: ("fetch_served_blocks",),
     SERVED_BYTES: ("fetch_served_bytes",),
+    PREFILL_FETCHED: ("prefill_fetched_tokens",),
     FETCH_FAILURES: tuple(f"fetch_{end}" for end in ("empty", "closed", "silent", "protocol", "corrupted", "deadline")),
 }
 """Each metric is the sum of these counters of a load report."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..kv.handover.pairing import CAPABILITIES
+from ..kv.handover.sources import sources_to_wire
 from ..kv.messages import sampling_to_wire, scope_to_wire, spec_to_wire
 from ..kv.windows import windows_from
 from ..protos import handover_pb2
-from .order import Order
+from .order import Order, Peer
 from .pull import Offer
 
 
@@ -29,8 +30,13 @@ def submit_of(order: Order, deadline_s: float, adapter_slot: int) -> link.Submit
     )
 
 
-def open_of(order: Order, facts: FaceFacts, held_tokens: int, left_s: float, offer: Offer) -> handover_pb2.Open:
-    """The first message of a hand-over. `held_tokens`: leading ones whose KV is here; `left_s`: until the deadline."""
+def open_of(
+    order: Order, peer: Peer, facts: FaceFacts, held_tokens: int, *, left_s: float, offer: Offer
+) -> handover_pb2.Open:
+    """The first message of a hand-over from `peer`.
+
+    `held_tokens`: leading ones whose KV is here; `left_s`: until the deadline.
+    """
     return handover_pb2.Open(
         prompt_ids=order.prompt_ids,
         held_tokens=held_tokens,
@@ -51,5 +57,6 @@ def open_of(order: Order, facts: FaceFacts, held_tokens: int, left_s: float, off
         pair_key=offer.pair_key,
         required_transport=facts.transport.required,
         tensor_parallel_size=facts.num_ranks,
+        block_sources=sources_to_wire(peer.sources),
         windows_from=windows_from(facts.model.kv_spec.main.windowed, held_tokens, len(order.prompt_ids)),
     )

@@ -8,10 +8,10 @@ from ..core.errors import InvalidRequest
 from ..core.ports import check_address
 from ..core.request import CacheScope, Epoch, SamplingParams, SequenceKey
 from ..engine.facts import ModelFacts
+from ..kv.handover.sources import BlockSource, sources_from_wire
 from ..kv.messages import epoch_from_wire, sampling_from_wire, scope_from_wire
 from ..kv.recent_prompts import NamedPrompt, RecentPrompts
 from ..protos import worker_pb2
-from .sources import MOST_SOURCES, BlockSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Peer:
     worker_id: str
     incarnation: int
     address: str
+    sources: tuple[BlockSource, ...] = ()  # ranked; it fetches blocks from them before it computes the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
         scope=scope,
         peers=tuple(_peer(p) for p in message.prefill_peers),
         buddy=_peer(message.buddy) if message.HasField("buddy") else None,
-        sources=tuple(_source(s) for s in message.block_sources[:MOST_SOURCES]),
+        sources=sources_from_wire(message.block_sources),
         timeout_s=message.timeout_ms / 1000 if message.timeout_ms else None,
         num_emitted=message.emitted_tokens,
         priority=message.priority,
@@ -92,9 +93,5 @@ def order_from_wire(message: worker_pb2.Submit, model: ModelFacts, prompts: Rece
 
 
 def _peer(message: worker_pb2.PrefillPeer) -> Peer:
-    return Peer(message.worker_id, message.incarnation, check_address(message.address, "prefill_peers.address"))
-
-
-def _source(message: worker_pb2.BlockSource) -> BlockSource:
-    address = check_address(message.address, "block_sources.address")
-    return BlockSource(message.worker_id, message.incarnation, address, message.num_blocks)
+    address = check_address(message.address, "prefill_peers.address")
+    return Peer(message.worker_id, message.incarnation, address, sources_from_wire(message.block_sources))

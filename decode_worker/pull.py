@@ -24,6 +24,7 @@ from ..kv.handover.frames import Frame, WireError, decode_envelope, encode_messa
 from ..kv.handover.machine import Action, AskBind, Close, Complete, GotFirstToken, HandoverEnd, Lost, Send, Write
 from ..kv.handover.plane_channel import GLOO, SHM, LentRing, PairedPeers, ReceivingEnd, RingPool
 from ..kv.handover.receiver import FrameArrived, Receiver
+from ..kv.handover.sources import NOTHING_FETCHED, FetchedBlocks
 from ..kv.messages import adopt_instants
 from ..kv.spec import HASH_BLOCK_TOKENS, KvSpec
 from ..protos import handover_pb2
@@ -116,6 +117,7 @@ class KvPull:
         self.bytes_per_s = 0.0  # of the frames that came after the prompt was computed
         self.timeline = Timeline()  # ours and the peer's instants of this hand-over
         self.prefill_cached_tokens = 0
+        self.prefill_fetched = NOTHING_FETCHED  # part of those that the prefill worker had cached
         self.refetched_blocks = 0  # hash blocks
         self._host = host
         self._engine_key = engine_key
@@ -249,7 +251,9 @@ class KvPull:
         """Keep facts that `explain` shows and the machine does not need."""
         body = message.WhichOneof("body")
         if body == "started":
-            self.prefill_cached_tokens = message.started.cached_tokens
+            started = message.started
+            self.prefill_cached_tokens = started.cached_tokens
+            self.prefill_fetched = FetchedBlocks(started.fetched_tokens, started.fetched_from, started.fetch_end)
             self.transport_reason = self.transport_reason or message.started.transport_reason
         elif body == "first_token":
             adopt_instants(self.timeline, message.first_token.timeline, self._opened_at_s)

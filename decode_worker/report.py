@@ -13,6 +13,7 @@ from ..core.request import Epoch, FinishReason, SequenceKey
 from ..core.timeline import Instant, Timeline
 from ..engine.link import messages as link
 from ..kv.handover.fetching import BlockFetch
+from ..kv.handover.sources import NOTHING_FETCHED, FetchedBlocks
 from ..kv.messages import epoch_to_wire, error_to_wire, finish_to_wire, instants_to_wire
 from ..kv.spec import KvSpec
 from ..protos import common_pb2, worker_pb2
@@ -62,6 +63,7 @@ class HandoverTotals:
     transport_reason: str = ""
     bytes_per_s: float = 0.0
     prefill_cached_tokens: int = 0
+    prefill_fetched: FetchedBlocks = NOTHING_FETCHED  # by the prefill worker, for this prompt
     refetched_blocks: int = 0
     recomputed_tokens: int = 0
     tokens_fetched: int = 0  # cached blocks of other workers
@@ -81,6 +83,7 @@ class HandoverTotals:
         self.tokens_moved += max(0, pull.receiver.stored_upto - self.tokens_held - self.tokens_fetched)
         self.refetched_blocks += pull.refetched_blocks
         self.prefill_cached_tokens = pull.prefill_cached_tokens
+        self.prefill_fetched = pull.prefill_fetched
         self.timeline = pull.timeline
 
     def add_fetch(self, source: str, fetch: BlockFetch) -> None:
@@ -231,4 +234,7 @@ def _handover(told: HandoverTotals, spec: KvSpec) -> worker_pb2.HandoverReport:
         bytes_fetched=told.bytes_fetched,
         fetched_from=told.fetched_from,
         fetch_end=told.fetch_end,
+        prefill_fetched_tokens=told.prefill_fetched.num_tokens,
+        prefill_fetched_from=told.prefill_fetched.source,
+        prefill_fetch_end=told.prefill_fetched.end,
     )

@@ -24,6 +24,7 @@ from ..kv.handover.fetching import BlockFetch
 from ..kv.handover.machine import Fetched, GotFirstToken, Label, Lost
 from ..kv.handover.plane_channel import GLOO, GRPC, SHM
 from ..kv.handover.receiver import Receiver
+from ..kv.handover.sources import MOST_LEFT_TOKENS, SourceLine
 from ..kv.spec import HASH_BLOCK_TOKENS
 from .choice import ChoiceText
 from .fetch import KvFetch
@@ -32,7 +33,6 @@ from .order import Order, Peer
 from .outbox import NO_SCORES, Outbox, Scores
 from .pull import NOTHING, REFUSALS, KvPull, Offer
 from .report import HandoverTotals, end_message, ending_of, life_of, taken_message
-from .sources import MOST_LEFT_TOKENS, SourceLine
 from .tools import DecodeTaskTools
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,8 @@ class DecodeTask:
             return
         label = Label(order.key.request_id, order.key.choice, order.epoch)
         now_s = tools.pull.clock.now_s()
-        opening = open_of(order, tools.facts, self._held_tokens, self._deadline_s - now_s, offer)
+        left_s = self._deadline_s - now_s
+        opening = open_of(order, peer, tools.facts, self._held_tokens, left_s=left_s, offer=offer)
         receiver = Receiver(label, opening, tools.pull.timing, self._deadline_s, now_s)
         self.told.prefill_worker = peer.worker_id
         self.told.tokens_asked = len(order.prompt_ids) - self._held_tokens

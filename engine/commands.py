@@ -205,7 +205,9 @@ class Commands:
         return True
 
     def _release(self, command: Release, sequence: Sequence) -> bool:
-        if sequence.state is not _S.HELD:
+        if sequence.state is _S.BOUND:
+            self._lives.holdings.publish(sequence)  # what was written without a gap stays cached
+        elif sequence.state is not _S.HELD:
             return False
         self._lives.end(sequence, PendingFinish(FinishReason.STOP))
         return True

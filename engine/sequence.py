@@ -12,7 +12,8 @@ The states, by source. Cancel, deadline and error lead to `ended` from every sta
                  └──damaged── swapped ◀──────┘        later back to its state: prefilling or decoding
     PEER      waiting ──▶ promised ──Bind──▶ bound ──KvComplete──▶ decoding ──▶ ended
                  │            │                │                      │ preempted: continues as LOCAL, waiting
-                 └────────────┴────────────────┴──PrefillLocally──▶ LOCAL, waiting (or prefilling in its bound blocks)
+                 └────────────┴────────────────┼──PrefillLocally──▶ LOCAL, waiting (or prefilling in its bound blocks)
+                                               └──Release──▶ ended: what was written stays cached
     FOR_PEER  queued ──▶ offered ──PeerBound──▶ ready ──▶ prefilling ──▶ held ──Release──▶ ended
                             └──PeerNotYet──▶ parked ──PeerBound──▶ ready
 """

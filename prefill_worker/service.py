@@ -19,11 +19,13 @@ from ..kv.handover.machine import Label
 from ..kv.handover.pairing import CAPABILITIES, why_refused
 from ..kv.handover.plane_channel import GLOO, GRPC, PlaneMemory, SendingEnd, UnusableMemory
 from ..kv.handover.sender import Sender, refuse
+from ..kv.handover.sources import sources_from_wire
 from ..kv.handover.transports.grpc import ByteStream, ServerContext, ServerStream
 from ..kv.messages import error_to_wire, sampling_from_wire, scope_from_wire, spec_from_wire
 from ..kv.recent_prompts import RecentPrompts
 from ..kv.spec import KvSpec
 from ..protos import handover_pb2
+from .returns import Lacked
 from .task import PrefillTask, PrefillTaskTools
 
 log = logging.getLogger(__name__)
@@ -150,7 +152,7 @@ class PrefillService:
         frame_tokens = tokens_per_frame(facts.model.kv_spec, facts.frame_bytes)
         sender = Sender(message, frame_tokens, facts.frame_slots, tools.timing, now_s)
         self._check_compatible(sender.order)
-        submit = self._submit(sender, now_s)
+        submit, sources = self._submit(sender, now_s), sources_from_wire(sender.order.block_sources)
         pair = self._paired(sender)
         memory = None if pair is not None else self._share(sender, frame_tokens)
         try:
@@ -159,7 +161,12 @@ class PrefillService:
             if memory is not None:
                 memory.close()
             raise
-        return PrefillTask(sender, replace(submit, adapter_slot=slot), host, tools, memory, pair=pair)
+        submit = replace(submit, adapter_slot=slot)
+        lacked = None
+        if sources:
+            key = SequenceKey(sender.label.request_id, sender.label.choice)
+            lacked = Lacked(key, scope_from_wire(sender.order), submit, sources)
+        return PrefillTask(sender, submit, host, tools, memory, pair=pair, lacked=lacked)
 
     def _paired(self, sender: Sender) -> SendingEnd | None:
         """Have the sender use the paired channel that the peer offers; None: it offers none that is open here."""

@@ -25,9 +25,11 @@ from ..kv.handover.frames import FrameApart, FrameLabel, WireError, decode_envel
 from ..kv.handover.machine import Abort, Action, Close, EngineBound, EngineNotYet, Read, ReleaseBlocks, Send, SendFrame
 from ..kv.handover.plane_channel import OpenMemory, PlaneMemory, PlaneSlot, SendingEnd
 from ..kv.handover.sender import Sender
+from ..kv.handover.sources import FetchedBlocks
 from ..kv.messages import error_to_wire, instants_to_wire, logprobs_to_wire
 from ..kv.section import PlaneBuffer, SectionData
 from ..protos import handover_pb2
+from .returns import BeginReturn, Lacked, UnderWay, no_returns
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class PrefillTaskTools:
     ended: Callable[[Life], None] = forget  # called for every job that is over
     open_memory: OpenMemory | None = None  # maps a peer's shared memory; None: this worker cannot
     pair: Callable[[int], SendingEnd | None] = _no_pair  # the open paired channel of a number
+    begin_return: BeginReturn = no_returns  # fetches blocks that other workers hold
     adapters: AdapterTable = field(default_factory=AdapterTable)  # of this worker
 
 
@@ -68,8 +71,12 @@ class PrefillTask:
         memory: PlaneMemory | None = None,
         *,
         pair: SendingEnd | None = None,
+        lacked: Lacked | None = None,
     ) -> None:
-        """`memory`: the peer's ring that the sender shares; closed at the end of the hand-over. `pair`: its channel."""
+        """`memory`: the peer's ring that the sender shares; closed at the end of the hand-over. `pair`: its channel.
+
+        `lacked`: blocks of the prompt that are fetched from other workers before the sequence begins; None: none are.
+        """
         self.sender = sender
         self.memory = memory
         self._pair = pair
@@ -81,7 +88,9 @@ class PrefillTask:
         self._seen_at_s = host.now_s()
         self._planes: dict[tuple[int, int], tuple[SectionData, ...]] = {}  # verified, about to be sent
         self._mismatches: Counter[tuple[int, int]] = Counter()  # reads of each range that did not match its seals
-        self._has_ended = False  # the engine's Ended came
+        self._lacked = lacked
+        self._returning: UnderWay | None = None
+        self._is_live = False  # the engine has the sequence
         export = CountersExport(sender.counters, "prefill", tools.counters)
         self._carrier = Carrier(sender, host, self._act, export.update)
         # In order, so that leading tokens are sent first: decode can use only a prefix without gaps.
@@ -99,10 +108,23 @@ class PrefillTask:
         return self._submit.adapter_slot
 
     def start(self) -> None:
-        """Submit the sequence to the engine."""
+        """Submit the sequence to the engine, after the blocks that other workers give."""
+        if self._lacked is not None:
+            self._returning = self._tools.begin_return(self._lacked, self._returned)
+        if self._returning is None:
+            self._begin()
+        self._carrier.rearm()
+
+    def _begin(self) -> None:
+        self._is_live = True
         self._tools.dispatcher.own(self.key, self.handle)
         self._tools.dispatcher.send(self._submit)
-        self._carrier.rearm()
+
+    def _returned(self, came: FetchedBlocks) -> None:
+        self._returning = None
+        if not self.sender.is_over:
+            self.sender.fetched(came)
+            self._begin()
 
     def leave(self) -> None:
         """The stream has ended: give back all blocks that are not given back yet."""
@@ -146,7 +168,7 @@ class PrefillTask:
             case link.KvRead():
                 self._read_planes.put(event)
             case link.Ended():
-                self._has_ended = True
+                self._is_live = False
                 self._tools.ended(self._life(event, now_s))
                 self._carrier.do(self.sender.failed(error_to_wire(_why(event)), now_s))
             case _:
@@ -235,7 +257,9 @@ class PrefillTask:
             case Abort(reason):
                 self._close_memory()
                 self._tools.counters[f"handover_aborted_{reason.value}"] += 1
-                if not self._has_ended:
+                if self._returning is not None:
+                    self._returning.cancel()
+                if self._is_live:
                     send(link.CancelSequence(self.key))
             case Close(now):
                 self._host.close(now=now)

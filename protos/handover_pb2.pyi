@@ -124,6 +124,7 @@ class Open(_message.Message):
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     PAIR_FIELD_NUMBER: _builtins.int
     PAIR_KEY_FIELD_NUMBER: _builtins.int
+    BLOCK_SOURCES_FIELD_NUMBER: _builtins.int
     WINDOWS_FROM_FIELD_NUMBER: _builtins.int
     held_tokens: _builtins.int
     """leading tokens whose KV decode already holds: a multiple of 16, never the whole prompt"""
@@ -165,6 +166,10 @@ class Open(_message.Message):
     def shared_memory(self) -> Global___SharedMemory:
         """absent: planes go behind their headers"""
 
+    @_builtins.property
+    def block_sources(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.BlockSource]:
+        """ranked; prefill fetches blocks from them before it computes the rest"""
+
     def __init__(
         self,
         *,
@@ -188,11 +193,12 @@ class Open(_message.Message):
         tensor_parallel_size: _builtins.int = ...,
         pair: _builtins.int = ...,
         pair_key: _builtins.int = ...,
+        block_sources: _abc.Iterable[_worker_pb2.BlockSource] | None = ...,
         windows_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_spec", b"kv_spec", "sampling", b"sampling", "shared_memory", b"shared_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "pair", b"pair", "pair_key", b"pair_key", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "windows_from", b"windows_from", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "block_sources", b"block_sources", "capabilities", b"capabilities", "deterministic", b"deterministic", "emitted_tokens", b"emitted_tokens", "frame_slots", b"frame_slots", "held_tokens", b"held_tokens", "identity_root", b"identity_root", "isolation_domain", b"isolation_domain", "kv_spec", b"kv_spec", "numerics_class", b"numerics_class", "pair", b"pair", "pair_key", b"pair_key", "priority", b"priority", "prompt_ids", b"prompt_ids", "required_transport", b"required_transport", "sampling", b"sampling", "shared_memory", b"shared_memory", "tensor_parallel_size", b"tensor_parallel_size", "timeout_ms", b"timeout_ms", "windows_from", b"windows_from", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -429,22 +435,34 @@ class Started(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     TRANSPORT_REASON_FIELD_NUMBER: _builtins.int
+    FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    FETCHED_FROM_FIELD_NUMBER: _builtins.int
+    FETCH_END_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """prefill's own cache covers these"""
     transport: _builtins.str
     """of planes: "shm" or "gloo", else "grpc" """
     transport_reason: _builtins.str
     """why it is not the offered one"""
+    fetched_tokens: _builtins.int
+    """of the cached ones: fetched from other workers for this prompt"""
+    fetched_from: _builtins.str
+    """the last worker that gave some"""
+    fetch_end: _builtins.str
+    """how the last fetch ended; empty: none was begun"""
     def __init__(
         self,
         *,
         cached_tokens: _builtins.int = ...,
         transport: _builtins.str = ...,
         transport_reason: _builtins.str = ...,
+        fetched_tokens: _builtins.int = ...,
+        fetched_from: _builtins.str = ...,
+        fetch_end: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "fetch_end", b"fetch_end", "fetched_from", b"fetched_from", "fetched_tokens", b"fetched_tokens", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -410,19 +410,25 @@ class PrefillPeer(_message.Message):
     WORKER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    BLOCK_SOURCES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     address: _builtins.str
+    @_builtins.property
+    def block_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockSource]:
+        """ranked; it fetches blocks from them before it computes the rest"""
+
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         incarnation: _builtins.int = ...,
         address: _builtins.str = ...,
+        block_sources: _abc.Iterable[Global___BlockSource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_sources", b"block_sources", "incarnation", b"incarnation", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -721,6 +727,9 @@ class HandoverReport(_message.Message):
     BYTES_FETCHED_FIELD_NUMBER: _builtins.int
     FETCHED_FROM_FIELD_NUMBER: _builtins.int
     FETCH_END_FIELD_NUMBER: _builtins.int
+    PREFILL_FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_FETCHED_FROM_FIELD_NUMBER: _builtins.int
+    PREFILL_FETCH_END_FIELD_NUMBER: _builtins.int
     prefill_worker: _builtins.str
     """empty: prefilled locally"""
     transport: _builtins.str
@@ -750,6 +759,12 @@ class HandoverReport(_message.Message):
     """the last of these workers; empty: none gave any"""
     fetch_end: _builtins.str
     """how the last fetch ended: "complete", "short", "closed", ...; empty: none was begun"""
+    prefill_fetched_tokens: _builtins.int
+    """of prefill_cached_tokens: those that the prefill worker fetched for this prompt"""
+    prefill_fetched_from: _builtins.str
+    """the last worker that gave some; empty: none"""
+    prefill_fetch_end: _builtins.str
+    """as fetch_end; empty: the prefill worker began no fetch"""
     def __init__(
         self,
         *,
@@ -770,10 +785,13 @@ class HandoverReport(_message.Message):
         bytes_fetched: _builtins.int = ...,
         fetched_from: _builtins.str = ...,
         fetch_end: _builtins.str = ...,
+        prefill_fetched_tokens: _builtins.int = ...,
+        prefill_fetched_from: _builtins.str = ...,
+        prefill_fetch_end: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_fetched", b"bytes_fetched", "bytes_moved", b"bytes_moved", "bytes_per_s", b"bytes_per_s", "fetch_end", b"fetch_end", "fetched_from", b"fetched_from", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_fetched", b"tokens_fetched", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_as_bf16", b"bytes_as_bf16", "bytes_fetched", b"bytes_fetched", "bytes_moved", b"bytes_moved", "bytes_per_s", b"bytes_per_s", "fetch_end", b"fetch_end", "fetched_from", b"fetched_from", "local_reason", b"local_reason", "prefill_cached_tokens", b"prefill_cached_tokens", "prefill_fetch_end", b"prefill_fetch_end", "prefill_fetched_from", b"prefill_fetched_from", "prefill_fetched_tokens", b"prefill_fetched_tokens", "prefill_worker", b"prefill_worker", "recomputed_tokens", b"recomputed_tokens", "refetched_blocks", b"refetched_blocks", "tokens_asked", b"tokens_asked", "tokens_fetched", b"tokens_fetched", "tokens_held", b"tokens_held", "tokens_moved", b"tokens_moved", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

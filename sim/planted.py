@@ -8,7 +8,14 @@ the random draws misses none. A bug that ordinary settings rarely show is looked
 
 from __future__ import annotations
 
-from ..sim import planted_blocks, planted_engine, planted_handover, planted_router, planted_worker
+from ..sim import (
+    planted_blocks,
+    planted_engine,
+    planted_handover,
+    planted_returns,
+    planted_router,
+    planted_worker,
+)
 from .planting import Planted
 
 __all__ = ["PLANTED", "Planted"]
@@ -18,5 +25,6 @@ PLANTED = (
     *planted_engine.BUGS,
     *planted_worker.BUGS,
     *planted_blocks.BUGS,
+    *planted_returns.BUGS,
     *planted_router.BUGS,
 )

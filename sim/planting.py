@@ -12,6 +12,7 @@ from ..decode_worker.journal import JournalLimits
 from .faults import Outcome, run_schedule
 from .network import Weather
 from .setting import ACCEPTABLE_TIMEOUT_S, Mishap, Setting, Vary, as_drawn
+from .workers.store import answer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ LEAVING_PROMPT = 64
 LOST_ANSWER = 30
 LEFT_ANSWER = 120
 COPIED_ANSWER = 48
+CHAT_PROMPT, CHAT_ANSWER, CHAT_TURNS = 20, 36, 3
 FEW_BYTES = JournalLimits(bytes_per_s=100.0, batch_tokens=16, max_under_way=1, retry_s=0.05, max_retry_s=0.5)
 _listeners: list[Callable[[Any], None]] = []
 
@@ -271,6 +273,39 @@ def copying_in_bad_weather(setting: Setting) -> Setting:
     mishap = Mishap(0.8, "freeze" if setting.is_one_host else "crash", who, who, 1.5)
     journal = replace(FEW_BYTES, bytes_per_s=1e9)
     return replace(setting, orders=orders, journal=journal, weather=weather, mishaps=(mishap,), is_bearable=False)
+
+
+def chatting(setting: Setting) -> Setting:
+    """One chat in calm weather: each turn begins with the turns before it, whose answers only decode workers hold."""
+    setting = departing_decoders(setting)
+    first = setting.orders[0]
+    sampling = replace(first.sampling, max_tokens=CHAT_ANSWER, stop=(), min_tokens=0)
+    orders, prompt = [], (first.prompt_ids * CHAT_PROMPT)[:CHAT_PROMPT]
+    for place in range(CHAT_TURNS):
+        turn = replace(first, request_id=f"turn{place}", at_s=0.5 + place / 2, prompt_ids=prompt, sampling=sampling)
+        orders.append(replace(turn, num_choices=1 + (place == CHAT_TURNS - 1) * (len(setting.orders) % 2)))
+        asked = tuple(1 + (token_id + place) % 60 for token_id in (first.prompt_ids * CHAT_PROMPT)[:CHAT_PROMPT])
+        prompt = (*prompt, *answer_of(first.domain, prompt, sampling), *asked)
+    workers = tuple(
+        replace(worker, num_blocks=4 * -(-len(prompt) // worker.block_tokens), max_handovers=8)
+        for worker in setting.workers
+    )
+    return replace(
+        setting, orders=tuple(orders), workers=workers, mishaps=(), journal=None, is_noisy=False, has_returns=True
+    )
+
+
+def chatting_in_bad_weather(setting: Setting) -> Setting:
+    """As `chatting`; streams break and stall, planes are damaged, clients leave while blocks come, a worker freezes."""
+    setting = chatting(setting)
+    weather = Weather(delay_s=0.01, drop=0.01, break_=0.01, stall=0.03, stall_s=2.0, damage=0.15, reset=0.0)
+    orders = tuple(
+        replace(order, attempts=2, timeout_s=5.0, cancel_after_s=0.04 if place == 1 else None)
+        for place, order in enumerate(setting.orders)
+    )
+    who = next(worker.worker_id for worker in setting.workers if worker.role is not Role.PREFILL)
+    mishaps = (Mishap(1.53, "freeze", who, who, 1.5),) if setting.is_one_host else ()
+    return replace(setting, orders=orders, weather=weather, mishaps=mishaps, is_bearable=False)
 
 
 def losing_routers(setting: Setting) -> Setting:

@@ -121,6 +121,7 @@ class Setting:
     leave_s: float = 1.0  # grace of a worker's drain
     journal: JournalLimits | None = None  # of every worker; None: streams have no buddies
     nonsense: float = 0.0  # probability that a buddy's answer makes no sense
+    has_returns: bool = False  # prefill workers fetch what decode workers hold
 
     @property
     def loses_nobody(self) -> bool:
@@ -184,6 +185,7 @@ def draw(seed: int) -> Setting:
     setting = _with_others(random.Random(f"others {seed}"), setting)
     setting = _with_a_departure(random.Random(f"departure {seed}"), setting)
     setting = _with_a_journal(random.Random(f"journal {seed}"), setting)
+    setting = replace(setting, has_returns=random.Random(f"returns {seed}").random() < 0.35)
     setting = _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
     setting = _with_older_releases(random.Random(f"older {seed}"), setting)
     setting = _with_two_losses(random.Random(f"two losses {seed}"), setting)

@@ -50,11 +50,12 @@ from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
 from .adapters import WorkerAdapters
 from .announcer import Announcer
-from .blocks.copies import Copies
+from .blocks.copies import Copies, CopyTools
 from .blocks.departing import Departing
 from .blocks.departure import hand_back_after_s
 from .blocks.fetch import FetchService
 from .blocks.keep import KeepService
+from .blocks.returns import Returns
 from .build import build_engine
 from .built import BuiltEngine
 from .codec.fallback import CodecFallback
@@ -73,7 +74,14 @@ from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = (*pairing.CAPABILITIES, "blocks.fetch.1", "blocks.keep.1", "orders.confirm.1", "session.1")
+CAPABILITIES = (
+    *pairing.CAPABILITIES,
+    "blocks.fetch.1",
+    "blocks.keep.1",
+    "blocks.return.1",
+    "orders.confirm.1",
+    "session.1",
+)
 READY_S = 600.0  # longest time to load and warm up a large model
 PORT_REMEDY = "--port, or 0 for any"
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
@@ -431,13 +439,15 @@ class WorkerProcess:
         buddies = BuddyCalls(self._channels)
         self._journal = Journaling(journal, buddies, self._clock, self.counters, lambda: self.address)
         decoding = DecodeTaskTools(facts, pull, self._channels, table, self._journal)
-        self.keep = KeepService(Copies(facts, pull, decoding.connect_source, lambda: self.is_draining))
+        copying = CopyTools(facts, pull, decoding.connect_source)
+        self.keep = KeepService(Copies(copying, lambda: self.is_draining))
         self.decode = DecodeService(decoding, room.tokenizer, settings.orphan_grace_s)
         job = PrefillTaskTools(
             numerics_class=facts.model.numerics_class,
             open_memory=open_ring,
             pair=self.pairing.get,
             adapters=table,
+            begin_return=Returns(copying).begin,
             **common,
         )
         max_streams = settings.step.max_waiting + facts.max_num_seqs

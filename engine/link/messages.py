@@ -138,7 +138,11 @@ class FetchBlocks:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """FOR_PEER: decode has verified the whole prompt; give the blocks back (they stay cached). Answered by `Ended`."""
+    """Give the blocks back; they stay cached. Answered by `Ended`.
+
+    FOR_PEER: decode has verified the whole prompt. PEER, bound: nothing more comes, and nothing is decoded; what was
+    written without a gap stays.
+    """
 
     key: SequenceKey
 

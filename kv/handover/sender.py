@@ -43,6 +43,7 @@ from .machine import (
     SendFrame,
 )
 from .plane_channel import GLOO, GRPC, SHM, Transport
+from .sources import NOTHING_FETCHED, FetchedBlocks
 
 
 class SenderState(StrEnum):
@@ -84,6 +85,7 @@ class Sender:
         self.order = order
         self.transport: Transport = GRPC  # of planes
         self._transport_reason = ""
+        self._fetched = NOTHING_FETCHED
         self._num_tokens = len(order.prompt_ids)
         self._tokens_per_frame = tokens_per_frame
         self._slots = min(order.frame_slots, max_frames)
@@ -136,6 +138,10 @@ class Sender:
     def decline(self, reason: str) -> None:
         """Do not use the shared memory or channel that decode offered; Started says why."""
         self._transport_reason = reason
+
+    def fetched(self, blocks: FetchedBlocks) -> None:
+        """Blocks of the prompt came from other workers; call it before `started`, which tells decode."""
+        self._fetched = blocks
 
     def leaves_out_windows(self, token_start: int, token_count: int) -> bool:
         """True if decode does not want the windowed layers of a frame's tokens."""
@@ -199,7 +205,12 @@ class Sender:
             return []
         self.state = SenderState.OFFERED
         started = pb.Started(
-            cached_tokens=cached_tokens, transport=self.transport, transport_reason=self._transport_reason
+            cached_tokens=cached_tokens,
+            transport=self.transport,
+            transport_reason=self._transport_reason,
+            fetched_tokens=self._fetched.num_tokens,
+            fetched_from=self._fetched.source,
+            fetch_end=self._fetched.end,
         )
         return [self._send(started, now_s)]
 

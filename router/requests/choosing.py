@@ -12,6 +12,7 @@ from ..routing.buddies import buddy_of
 from ..routing.candidates import RoutingDecision, Source
 from ..routing.known_worker import Worker
 from ..routing.policy import choose
+from ..routing.returns import RETURNS, has_more
 from ..routing.views import views_of
 from .roster import Roster
 from .state import RequestState
@@ -48,8 +49,9 @@ class Chooser:
             run.identities = self._driver.identities(known, run.model)
         # A scored prompt is always computed, so cached prefixes do not help.
         usable = run.identities if request.sampling.prompt_logprobs is None or run.has_output else ()
-        expected, sources = prefixes.expected(usable, now_s), self._sources(run, usable)
-        choice = choose(run.facts, views_of(workers), expected, self._limits.policy, sources)
+        facts, expected = run.facts, prefixes.expected(usable, now_s)
+        sources = self._sources(facts.is_resumed, usable, expected)
+        choice = choose(facts, views_of(workers), expected, self._limits.policy, sources)
         if choice is not None and self._limits.has_buddies:
             choice = replace(choice, buddy=buddy_of(choice, views_of(workers), expected))
         if choice is not None:
@@ -57,15 +59,21 @@ class Chooser:
             prefixes.predict([choice.winner.computes.worker_id], run.identities, now_s)
         return choice
 
-    def _sources(self, run: RequestState, identities: Sequence[BlockIdentity]) -> list[Source]:
-        """Workers whose blocks a request may fetch, if it goes on after another dispatch.
+    def _sources(
+        self, is_resumed: bool, identities: Sequence[BlockIdentity], expected: Mapping[str, int]
+    ) -> list[Source]:
+        """Workers whose blocks may be fetched: of a new request those that have more than a prefill worker.
 
-        The worker that gives it back is one of them: while it drains, it keeps what it has computed.
+        If a request goes on after another dispatch, the worker that gives it back is one of them: while it drains, it
+        keeps what it has computed. `expected`: blocks that each worker holds or soon will.
         """
-        if not (run.dispatches or run.has_output):
-            return []
-        held = self._roster.prefixes.held(identities)
-        holders = [w for w in self._roster.fleet if w.can_give and held.get(w.facts.worker_id)]
+        fleet, held = self._roster.fleet, self._roster.prefixes.held(identities)
+        holders = [w for w in fleet if w.can_give and held.get(w.facts.worker_id)]
+        if not is_resumed:
+            prefillers = [w for w in fleet if w.role is Role.PREFILL and RETURNS in w.facts.capabilities]
+            theirs = [expected.get(w.facts.worker_id, 0) for w in prefillers]
+            decoders = (w for w in holders if w.role is not Role.PREFILL)
+            holders = [w for w in decoders if has_more(held[w.facts.worker_id], theirs)]
         return [Source(view, held[view.worker_id]) for view in views_of(holders)]
 
     def has_room(self, run: RequestState) -> bool:

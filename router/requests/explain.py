@@ -85,6 +85,7 @@ def _dispatch(run: RequestState, dispatch: Dispatch) -> dict[str, Any]:
         "decode_worker": dispatch.decode.worker_id,
         "prefill_peers": [peer.worker_id for peer in dispatch.choice.prefill_peers],
         "block_sources": [source.view.worker_id for source in dispatch.choice.winner.sources],
+        "return_sources": [source.view.worker_id for source in dispatch.choice.winner.returns],
         "fetched": dispatch.fetched,
         "buddy": None if dispatch.choice.buddy is None else dispatch.choice.buddy.worker_id,
         "resumed_tokens": list(dispatch.resumed),
@@ -232,6 +233,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "prefill_held_tokens": candidate.prefill_held_tokens,
         "decode_held_tokens": candidate.decode_held_tokens,
         "fetched_from": [source.view.worker_id for source in candidate.sources],
+        "prefill_fetched_from": [source.view.worker_id for source in candidate.returns],
         **terms,
         "total_ms": round(candidate.terms.total_ms, 3),
     }

@@ -37,7 +37,14 @@ class Orders:
             key, peers, emitted_ids = SequenceKey(run.name, index), choice.prefill_peers, run.delivery.ids_of(index)
             sources = choice.winner.sources
             order = submit_to_wire(
-                key, run.request, dispatch.epoch, peers, left_s, emitted_ids=emitted_ids, sources=sources
+                key,
+                run.request,
+                dispatch.epoch,
+                peers,
+                left_s,
+                emitted_ids=emitted_ids,
+                sources=sources,
+                returns=choice.returns,
             )
             order.confirm = PROOF_TOKENS if run.suspicion is not None else 0
             if choice.buddy is not None:

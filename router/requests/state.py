@@ -139,7 +139,9 @@ class RequestState:
         """Facts for the choice of workers: what is left to do."""
         request, had = self.request, self.delivery.tokens_of(self.leading)
         expected = max(1, request.expected_tokens - had)
-        return RequestFacts(self.name, len(request.prompt_ids) + had, expected, len(self.delivery.unfinished))
+        is_resumed = bool(self.dispatches or self.has_output)
+        num_tokens, num_choices = len(request.prompt_ids) + had, len(self.delivery.unfinished)
+        return RequestFacts(self.name, num_tokens, expected, num_choices, is_resumed)
 
     def dispatched(self, dispatch: Dispatch) -> tuple[int, ...]:
         """Begin a dispatch; returns the choices to order: those that have not ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...core.request import Role
 from ...kv.spec import KvSpec
@@ -34,6 +34,7 @@ class RequestFacts:
     prompt_tokens: int
     expected_tokens: int  # to be generated, per choice
     num_choices: int = 1
+    is_resumed: bool = True  # it goes on after another dispatch: decode workers may fetch its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Candidate:
     terms: Terms
     is_under_a_block: bool = False  # the decode worker lacks so little that it computes it itself, although paired
     sources: tuple[Source, ...] = ()  # workers whose blocks it fetches first, best first; `prefill` is None then
+    returns: tuple[Source, ...] = ()  # workers whose blocks `prefill` fetches first, best first
 
     @property
     def computes(self) -> WorkerView:
@@ -118,10 +120,14 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Name for logs: "prefill-0 > decode-1", "decode-1" for a local prefill, "decode-0 >> decode-1" for a fetch."""
+        """Name for logs: "prefill-0 > decode-1", "decode-1" for a local prefill, "decode-0 >> decode-1" for a fetch.
+
+        "decode-0 >> prefill-0 > decode-1" where the prefill worker fetches.
+        """
         if self.sources:
             return f"{self.sources[0].view.worker_id} >> {self.decode.worker_id}"
-        return f"{self.prefill.worker_id} > {self.decode.worker_id}" if self.prefill else self.decode.worker_id
+        first = f"{self.returns[0].view.worker_id} >> " if self.returns else ""
+        return f"{first}{self.prefill.worker_id} > {self.decode.worker_id}" if self.prefill else self.decode.worker_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,4 +151,5 @@ class RoutingDecision:
     reason: str
     refused: tuple[RefusedPair, ...] = ()  # pairs that would have been candidates
     asked: Asked | None = None  # None: another policy's
+    returns: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)  # by prefill peer: whom it fetches from
     buddy: WorkerView | None = None  # keeps a copy of the stream's KV; not part of the comparison

@@ -3,7 +3,7 @@
     cost = queue of P + a*u + b*u*(h + u/2)                     u uncached after h held tokens, on P
          + (1 - overlap) * bytes not held by D / bandwidth      0 for a local prefill
          + queue of D
-         + fetch: 2 ms + bytes that another worker holds / bandwidth    0 where nothing is fetched
+         + fetch: 2 ms + bytes that another worker holds / bandwidth    by D, or by P from decode workers; else 0
          + load penalty: the delay to sequences that decode on D, and the work itself, which later requests wait for
          + (slowdown - 1) * time on a throttled GPU     of the prefill on P, and of all steps on D
 
@@ -61,8 +61,8 @@ class Costs:
         total_ms = self._transfer_ms(worker, worker) + own.decode_queue_ms + own.interference_ms + own.slow_decode_ms
         return (total_ms, worker.in_flight, tie_break(self._request.request_id, worker.worker_id))
 
-    def pair(self, prefill: WorkerView, decode: WorkerView) -> Candidate:
-        """What a hand-over from `prefill` to `decode` costs."""
+    def pair(self, prefill: WorkerView, decode: WorkerView, returns: tuple[Source, ...] = ()) -> Candidate:
+        """What a hand-over from `prefill` to `decode` costs; after a fetch from `returns` if that is cheaper."""
         p, d = self._of(prefill), self._of(decode)
         if self._request.prompt_tokens - d.held < HASH_BLOCK_TOKENS:  # decode_worker/task.py does not ask its peer
             return replace(self.local(decode), prefill=prefill, is_under_a_block=True)
@@ -70,7 +70,29 @@ class Costs:
         transfer_ms = self._transfer_ms(decode, prefill)
         throttle_ms = p.slow_prefill_ms + d.slow_decode_ms
         terms = Terms(p.prefill_queue_ms, p.prefill_ms, transfer_ms, d.decode_queue_ms, load_penalty_ms, throttle_ms)
-        return Candidate(decode, prefill, p.held, d.held, terms)
+        plain = Candidate(decode, prefill, p.held, d.held, terms)
+        returned = self._after_return(plain, prefill, returns)
+        return returned if returned is not None and returned.terms.total_ms < terms.total_ms else plain
+
+    def _after_return(self, plain: Candidate, prefill: WorkerView, returns: tuple[Source, ...]) -> Candidate | None:
+        """A hand-over whose prefill worker first fetches what `returns` hold; None: they hold no more than it has."""
+        request, own, limits, speed = self._request, self._of(prefill), self._limits, prefill.coefficients
+        most = max((source.blocks for source in returns), default=0) * HASH_BLOCK_TOKENS
+        held = min(most, (request.prompt_tokens - 1) // HASH_BLOCK_TOKENS * HASH_BLOCK_TOKENS)
+        if held <= own.held:
+            return None
+        bytes_per_s = min(speed.handover_bytes_per_s, returns[0].view.coefficients.handover_bytes_per_s)
+        seconds = (held - own.held) * prefill.kv_bytes_per_token / max(1.0, bytes_per_s)
+        prefill_ms = speed.prefill_ms(request.prompt_tokens - held, held)
+        saved_ms = own.prefill_ms - prefill_ms
+        terms = replace(
+            plain.terms,
+            prefill_ms=prefill_ms,
+            fetch_ms=limits.handover_fixed_ms + seconds * 1e3,
+            load_penalty_ms=plain.terms.load_penalty_ms - limits.work_weight * saved_ms,
+            throttle_ms=plain.terms.throttle_ms - (prefill.slowdown - 1.0) * saved_ms,
+        )
+        return replace(plain, prefill_held_tokens=held, terms=terms, returns=returns)
 
     def local(self, decode: WorkerView) -> Candidate:
         """What a prefill on `decode` itself costs."""

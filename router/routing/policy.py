@@ -2,7 +2,8 @@
 
 The best 4 P x the best 4 D, every local prefill and every fetch are compared exactly; costs.py has the terms. A fetch
 is a local prefill on D after the blocks that another worker holds of the prompt; only requests that go on after another
-dispatch have sources for it. Candidates within the measuring noise of each other count as equal; then fewer sequences
+dispatch have it. The prefill worker of a pair may fetch what decode workers hold, for any request (`returns.py`).
+Candidates within the measuring noise of each other count as equal; then fewer sequences
 under way win, and then a hash of the request's id, and no worker is always first.
 """
 
@@ -15,6 +16,7 @@ from ...kv.handover.pairing import why_refused
 from .candidates import Asked, Candidate, PolicyLimits, RequestFacts, RoutingDecision, Source, WorkerView
 from .costs import Costs, tie_break
 from .pairs import pairs_of
+from .returns import returns_to
 
 CANDIDATES = 4
 SOURCES = 2  # workers that one order names for a fetch
@@ -33,12 +35,15 @@ def choose(
     blocks may be fetched.
     """
     cost = Costs(request, held, limits)
-    peers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)
+    prefillers = sorted((w for w in workers if w.role is Role.PREFILL), key=cost.prefill_rank)
     decoders = [w for w in workers if w.role is not Role.PREFILL]
-    paired = pairs_of(peers, sorted((w for w in decoders if w.role is Role.DECODE), key=cost.decode_rank), CANDIDATES)
-    pairs = [cost.pair(p, d) for p, d in paired.possible]
+    paired = pairs_of(
+        prefillers, sorted((w for w in decoders if w.role is Role.DECODE), key=cost.decode_rank), CANDIDATES
+    )
+    pairs = [cost.pair(p, d, returns_to(p, d, sources)) for p, d in paired.possible]
     local = [cost.local(d) for d in decoders if d.role is Role.COMBINED or limits.local_prefill]
-    fetches = [found for d in decoders if (found := cost.fetch(d, sources_for(d, sources))) is not None]
+    fetchers = decoders if request.is_resumed else []
+    fetches = [found for d in fetchers if (found := cost.fetch(d, sources_for(d, sources))) is not None]
     candidates = pairs + local + fetches or [
         cost.local(d) for d in decoders
     ]  # no prefill worker is there: better than nothing
@@ -48,7 +53,9 @@ def choose(
     winner = _pick(ranked, request.request_id, limits)
     reason = _reason(winner, ranked, request)
     asked = Asked(request, tuple(workers), held, limits, tuple(sources))
-    return RoutingDecision(winner, _peers(winner, ranked), tuple(ranked), reason, tuple(paired.refused), asked)
+    peers, refused = _peers(winner, ranked), tuple(paired.refused)
+    returns = _returns(winner, ranked)
+    return RoutingDecision(winner, peers, tuple(ranked), reason, refused, asked, returns)
 
 
 def _pick(ranked: Sequence[Candidate], request_id: str, limits: PolicyLimits) -> Candidate:
@@ -72,11 +79,19 @@ def _peers(winner: Candidate, ranked: Sequence[Candidate]) -> tuple[WorkerView, 
     return (winner.prefill, *others) if winner.prefill is not None else tuple(others)
 
 
+def _returns(winner: Candidate, ranked: Sequence[Candidate]) -> dict[str, tuple[Source, ...]]:
+    """Whom each prefill worker fetches from, by its name, for the winner's decode worker."""
+    mine = [c for c in ranked if c.decode.key == winner.decode.key]
+    return {c.prefill.worker_id: c.returns for c in mine if c.prefill is not None and c.returns}
+
+
 def _reason(winner: Candidate, ranked: Sequence[Candidate], request: RequestFacts) -> str:
     terms = winner.terms
     where = f"prefill on {winner.prefill.worker_id}" if winner.prefill else "prefill locally"
     if winner.prefill and winner.is_under_a_block:
         where = f"prefill locally, because less than a block is missing ({winner.prefill.worker_id} stands by)"
+    if winner.returns:
+        where += f" after blocks fetched from {winner.returns[0].view.worker_id}"
     if winner.sources:
         where = f"blocks fetched from {winner.sources[0].view.worker_id}"
     parts = [

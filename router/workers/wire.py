@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -124,10 +124,12 @@ def submit_to_wire(
     *,
     emitted_ids: tuple[int, ...] = (),
     sources: Sequence[Source] = (),
+    returns: Mapping[str, Sequence[Source]] | None = None,
 ) -> worker_pb2.Submit:
     """Order to run one choice of a request, after `emitted_ids`, which its client has; workers know it by `key`.
 
-    `sources`: workers that hold blocks of the prompt with `emitted_ids`, best first.
+    `sources`: workers that hold blocks of the prompt with `emitted_ids`, best first; `returns`: those that the prefill
+    peers fetch from, by the peer's name.
     Logprobs of the prompt are asked for with the first choice only, because all choices have the same prompt. They come
     with the first token.
     """
@@ -141,24 +143,33 @@ def submit_to_wire(
         emitted_tokens=len(emitted_ids),
         sampling=sampling_to_wire(sampling),
         **scope_to_wire(request.cache_scope),
-        prefill_peers=[peer_to_wire(peer) for peer in peers],
-        block_sources=[
-            worker_pb2.BlockSource(
-                worker_id=s.view.worker_id,
-                incarnation=s.view.key.incarnation,
-                address=s.view.address,
-                num_blocks=s.blocks,
-            )
-            for s in sources
-        ],
+        prefill_peers=[peer_to_wire(peer, (returns or {}).get(peer.worker_id, ())) for peer in peers],
+        block_sources=_sources_to_wire(sources),
         timeout_ms=max(1, round(left_s * 1e3)),
         priority=LOWEST_PRIORITY - request.priority,  # on the wire a higher number goes first
     )
 
 
-def peer_to_wire(peer: WorkerView) -> worker_pb2.PrefillPeer:
-    """A worker as orders name it to another one."""
-    return worker_pb2.PrefillPeer(worker_id=peer.worker_id, incarnation=peer.key.incarnation, address=peer.address)
+def peer_to_wire(peer: WorkerView, sources: Sequence[Source] = ()) -> worker_pb2.PrefillPeer:
+    """A worker as orders name it to another one. `sources`: whom it fetches from before it computes."""
+    return worker_pb2.PrefillPeer(
+        worker_id=peer.worker_id,
+        incarnation=peer.key.incarnation,
+        address=peer.address,
+        block_sources=_sources_to_wire(sources),
+    )
+
+
+def _sources_to_wire(sources: Sequence[Source]) -> list[worker_pb2.BlockSource]:
+    return [
+        worker_pb2.BlockSource(
+            worker_id=s.view.worker_id,
+            incarnation=s.view.key.incarnation,
+            address=s.view.address,
+            num_blocks=s.blocks,
+        )
+        for s in sources
+    ]
 
 
 def cancel_to_wire(name: str, epoch: Epoch, reason: str) -> worker_pb2.CancelRequest:

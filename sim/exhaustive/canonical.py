@@ -33,6 +33,7 @@ IGNORED: dict[str, frozenset[str]] = {
             "bytes_per_s",
             "timeline",
             "prefill_cached_tokens",
+            "prefill_fetched",
             "refetched_blocks",
             "_host",
             "_engine_key",
@@ -48,7 +49,7 @@ IGNORED: dict[str, frozenset[str]] = {
         ["_submit", "_host", "_tools", "_timeline", "_seen_at_s", "_carrier", "_read_planes", "_mismatches", "memory"]
     ),
     "Receiver": frozenset(["label", "_order"]),
-    "Sender": frozenset(["label", "order", "_transport_reason"]),
+    "Sender": frozenset(["label", "order", "_transport_reason", "_fetched"]),
     "NumberedStream": frozenset(["label", "timing", "deadline_s", "said_s", "heard_s"]),
     "Counters": frozenset(
         [

@@ -15,10 +15,12 @@ from ...decode_worker.journal import Journal
 from ...decode_worker.journaling import Journaling
 from ...decode_worker.pull import KvPullTools
 from ...engine.link.messages import BlocksFetched
+from ...prefill_worker.returns import Lacked
 from ...protos import handover_pb2
-from ...worker.blocks.copies import Copies, KeepTask
+from ...worker.blocks.copies import Copies, CopyTools, KeepTask
 from ...worker.blocks.departure import Departure
 from ...worker.blocks.fetch import FetchAnswer
+from ...worker.blocks.returns import ReturnOver, Returns, ReturnTask
 from ..invariants import Violation
 from ..network import End
 from .buddies import SimBuddies
@@ -38,7 +40,10 @@ class Blocks:
     def __init__(self, node: WorkerNode, pull: KvPullTools) -> None:
         self._node = node
         self.departure = Departure()
-        self.copies = Copies(node.facts, pull, self._connect, lambda: node.service.is_draining)
+        self.copies = Copies(CopyTools(node.facts, pull, self._connect), lambda: node.service.is_draining)
+        self._returns = Returns(CopyTools(node.facts, pull, lambda key, address, _: node.connect_source(key, address)))
+        self._returning: dict[SequenceKey, ReturnTask] = {}  # by the name of the job in the engine
+        self._left: set[SequenceKey] = set()  # of these jobs those whose hand-over is over
         self.journaling: Journaling | None = None
         self._copying: dict[SequenceKey, KeepTask] = {}  # by the copy's name in the engine
         limits = node.setting.journal
@@ -52,7 +57,8 @@ class Blocks:
     @property
     def is_idle(self) -> bool:
         """True if no copy is made, no run has a journal and no offer is under way."""
-        return not self.copies.num_keeping and (self.journaling is None or self.journaling.is_idle)
+        num_copies = self.copies.num_keeping + self._returns.num_fetching
+        return not num_copies and (self.journaling is None or self.journaling.is_idle)
 
     # ------------------------------------------------------------------ Blocks.Fetch
 
@@ -78,6 +84,22 @@ class Blocks:
             self._serve_part(end, answer, key)
 
         self._node.dispatcher.ask_blocks(part, answer.root, took)
+
+    # ------------------------------------------------------------------ returns
+
+    def begin_return(self, lacked: Lacked, over: ReturnOver) -> ReturnTask | None:
+        """Fetch what a job lacks, as production does."""
+        task = self._returns.begin(lacked, over)
+        if task is not None:
+            self._returning[lacked.submit.key] = task
+        return task
+
+    def left(self, job: SequenceKey) -> None:
+        """The hand-over of a job is over. Check R7 from now on: so is what it fetches."""
+        task = self._returning.get(job)
+        if task is not None and not task.is_over:
+            self._left.add(job)
+            self._node.must_end(task.copied.engine_key)
 
     # ------------------------------------------------------------------ Blocks.Keep
 
@@ -135,11 +157,20 @@ class Blocks:
                 _host_of(task.fetch).check_deadline(task.fetch.fetch.next_deadline_s)
             if task.is_over:
                 del self._copying[key]
+        for key, returning in list(self._returning.items()):
+            if returning.fetch is not None:
+                _host_of(returning.fetch).check_deadline(returning.fetch.fetch.next_deadline_s)
+            if returning.is_over:
+                del self._returning[key]
+                if key in self._left:
+                    self._left.remove(key)
+                    self._node.must_end(key)  # it must not begin now
 
     def check_drained(self) -> None:
         """Check K1 at the end: no copy, no offer and no run of the journal is left."""
         if not self.is_idle:
-            raise Violation("K1", f"{self._node.process}: {self.copies.num_keeping} copies, or offers, are left")
+            num_copies = self.copies.num_keeping, self._returns.num_fetching
+            raise Violation("K1", f"{self._node.process}: {num_copies} copies and returns, or offers, are left")
 
 
 def _host_of(fetch: KvFetch) -> SimFetchHost:

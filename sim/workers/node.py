@@ -26,6 +26,7 @@ from ...router.requests.attempts import CONFIRMS
 from ...router.routing import facts as router_facts
 from ...router.routing.buddies import KEEPS
 from ...router.routing.facts import WorkerKey
+from ...router.routing.returns import RETURNS
 from ...worker.blocks.departure import hand_back_after_s
 from ...worker.watch import FaceLoad, Watchers
 from ..invariants import Violation, check_drained
@@ -86,6 +87,7 @@ class WorkerNode:
             world,
             Counter(),
             open_memory=network.host.open,
+            begin_return=self.blocks.begin_return,
         )
         self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []
@@ -135,7 +137,9 @@ class WorkerNode:
             block_tokens=worker.block_tokens,
             max_num_seqs=worker.limits.max_num_seqs,
             max_batch_tokens=worker.limits.max_batch_tokens,
-            capabilities=(CONFIRMS,) * worker.confirms + (KEEPS,) * (self.setting.journal is not None),
+            capabilities=(CONFIRMS,) * worker.confirms
+            + (KEEPS,) * (self.setting.journal is not None)
+            + (RETURNS,) * self.setting.has_returns,
         )
 
     # ------------------------------------------------------------------ hand-overs
@@ -221,6 +225,7 @@ class WorkerNode:
             del self.jobs[job]
             self.prefill.leave(job)
             self.must_end(job.key)
+            self.blocks.left(job.key)
 
     def must_end(self, key: SequenceKey) -> None:
         """Check R7 from now on: nobody waits for this sequence, so it ends at once."""

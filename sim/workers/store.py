@@ -44,6 +44,15 @@ def _sampled(cell: int, seed: int, choice: int, noise: int) -> int:
     return mix(mix(mix(cell, seed), choice), noise) % VOCABULARY
 
 
+def answer_of(domain: str, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+    """The tokens that any worker generates after a prompt where sampling is not noisy, as the first choice."""
+    cells, found = cells_after(domain_cell(domain), prompt_ids), list[int]()
+    for _ in range(params.max_tokens):
+        found.append(_sampled(cells[-1], params.seed, 0, 0))
+        cells = cells_after(cells[-1], found[-1:])
+    return tuple(found)
+
+
 @dataclass(slots=True)
 class Ledger:
     """All tokens ever sampled, by prefix, seed and choice: only these may follow that prefix in a client's stream."""

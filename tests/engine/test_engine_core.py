@@ -111,6 +111,20 @@ def test_offers_are_made_once():
     assert core.tick(0.0) == []
 
 
+def test_what_came_without_a_gap_stays_cached_when_a_bound_sequence_is_released():
+    core, key, prompt = small_core(), SequenceKey("a", 0), tuple(range(3, 68))
+    names = tuple(chain(KEY, ROOT, prompt[:64]))
+    core.handle(Submit(key, Source.PEER, prompt, names, ROOT, SamplingParams(1)), 0.0)
+    core.tick(0.0)
+    core.handle(Bind(key), 0.0)
+    for start in (0, 16, 48):  # the third block is missing
+        core.handle(WriteKv(key, start, 16, ()), 0.0)
+    out = [*core.handle(Release(key), 0.0), *core.tick(0.0)]
+    assert [item.reason for item in out if isinstance(item, Ended)] == [FinishReason.STOP]
+    assert [item.stored for item in out if isinstance(item, CacheDelta)] == [names[:2]]
+    assert (core.num_live, core.load(0.0).free_blocks, core.load(0.0).cached_blocks) == (0, 8, 2)
+
+
 def test_stop_ends_everything_and_takes_nothing_in():
     core = small_core()
     core.handle(local("a"), 0.0)

@@ -20,6 +20,7 @@ import planted_kv
 import planted_models
 import planted_pairs
 import planted_responses
+import planted_returns
 import planted_reviewed
 import planted_router
 import planted_scaling
@@ -41,6 +42,7 @@ _SESSION = (
     "tests/worker/test_resume.py",
 )
 _PURE = (
+    "tests/router/requests/test_returns.py",
     "tests/router/requests/test_lifecycle.py",
     "tests/router/requests/test_resume.py",
     "tests/router/requests/test_suspects.py",
@@ -49,6 +51,7 @@ _PURE = (
     "tests/router/routing/test_scenarios.py",
     "tests/router/routing/test_pure.py",
 )
+_FETCHES = ("tests/router/routing/test_fetches.py", "tests/router/routing/test_returns.py")
 _FLOW = (
     "tests/router/requests/test_flow.py",
     "tests/router/workers/test_links.py",
@@ -73,6 +76,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kv/handover/transports/paired_end": ("tests/kv/test_paired_end.py",),
     "kv/handover/fetching": ("tests/kv/test_fetching.py",),
     "kv/handover/damage": (*_MACHINES, "tests/kv/test_handover_pair.py", "tests/kv/test_wire.py"),
+    "kv/handover/sources": ("tests/kv/test_sources.py",),
     "kv/handover/pairing": ("tests/kv/test_pairing.py",),
     "kv/codec": ("tests/kv/test_codec.py", "tests/kv/test_byte_codecs.py"),
     "kernels/reference_codecs": ("tests/kv/test_byte_codecs.py",),
@@ -190,9 +194,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/journaling": ("tests/decode_worker/test_journaling.py",),
     "decode_worker/buddy_calls": ("tests/decode_worker/test_journaling.py",),
     "decode_worker/journal": ("tests/decode_worker/test_journal.py",),
-    "decode_worker/sources": ("tests/decode_worker/test_sources.py",),
     "decode_worker/fetch": ("tests/decode_worker/test_fetch.py", "tests/worker/test_fetching.py"),
     "decode_worker/": (*_SESSION, "tests/worker/test_worker_handover.py", "tests/worker/test_worker_faults.py"),
+    "prefill_worker/task": (
+        "tests/prefill_worker/test_prefill_task.py",
+        "tests/worker/test_returns.py",
+        "tests/worker/test_worker_faults.py",
+        "tests/worker/test_paired_workers.py",
+    ),
     "prefill_worker/": (
         "tests/prefill_worker/test_prefill_task.py",
         "tests/prefill_worker/test_service.py",
@@ -214,9 +223,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "router/requests/flow": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/links": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
+    "router/routing/returns": ("tests/router/routing/test_returns.py",),
     "router/routing/buddies": ("tests/router/routing/test_buddies.py",),
-    "router/routing/policy": (*_PURE, "tests/router/routing/test_fetches.py"),
-    "router/routing/costs": (*_PURE, "tests/router/routing/test_fetches.py"),
+    "router/routing/policy": (*_PURE, *_FETCHES),
+    "router/routing/costs": (*_PURE, *_FETCHES),
     "router/routing/candidates": _PURE,
     "router/routing/recorded": (
         "tests/router/routing/test_fetches.py",
@@ -324,6 +334,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_keeping.py",
         "tests/worker/test_copies.py",
     ),
+    "worker/blocks/returns": ("tests/worker/test_returns.py",),
     "worker/blocks/copies": ("tests/worker/test_copies.py", "tests/worker/test_keeping.py"),
     "worker/blocks/departure": ("tests/worker/test_departure.py",),
     "worker/blocks/departing": ("tests/worker/test_fetch_answers.py", "tests/worker/test_fetching.py"),
@@ -351,6 +362,7 @@ MUTANTS = [
     *planted_discovery.MUTANTS,
     *planted_doors.MUTANTS,
     *planted_responses.MUTANTS,
+    *planted_returns.MUTANTS,
     *planted_gpu.MUTANTS,
     *planted_sizes.MUTANTS,
     *planted_certificates.MUTANTS,

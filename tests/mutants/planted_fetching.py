@@ -36,8 +36,8 @@ MUTANTS = [
     Mutant(DEPARTING, "min(until_s, end_s) - now_s", "until_s - now_s"),
     Mutant(DEPARTING, "is_whole=is_whole)\n        self._changed.set()\n", "is_whole=is_whole)\n"),
     Mutant("worker/blocks/fetch.py", "fetch_ended(key, is_whole=is_whole)", "fetch_ended(key, is_whole=True)"),
-    Mutant("decode_worker/sources.py", "identities[: (num_tokens - 1) // HASH_BLOCK_TOKENS]", "identities[:]"),
-    Mutant("decode_worker/sources.py", "            self._has_asked_again = True\n", ""),
+    Mutant("kv/handover/sources.py", "identities[: (num_tokens - 1) // HASH_BLOCK_TOKENS]", "identities[:]"),
+    Mutant("kv/handover/sources.py", "            self._has_asked_again = True\n", ""),
     Mutant("decode_worker/task.py", "            self._sources.ended(fetched.end)\n", ""),
     Mutant("decode_worker/task.py", "            self._held_tokens = fetched.stored_upto\n", ""),
     Mutant("decode_worker/task.py", "self.told.tokens_fetched and left < MOST_LEFT_TOKENS", "False"),
@@ -49,7 +49,9 @@ MUTANTS = [
     Mutant("worker/blocks/fetch.py", "        self._is_over = found.num_blocks < len(part.identities)\n", ""),
     Mutant("router/requests/choosing.py", "if w.can_give and held.get(", "if held.get("),
     Mutant(
-        "router/requests/choosing.py", "        if not (run.dispatches or run.has_output):\n", "        if False:\n"
+        "router/requests/state.py",
+        "is_resumed = bool(self.dispatches or self.has_output)",
+        "is_resumed = True",
     ),
     Mutant("router/requests/orders.py", "            sources = choice.winner.sources\n", "            sources = ()\n"),
     Mutant(
@@ -129,13 +131,13 @@ MUTANTS = [
     Mutant("worker/blocks/fetch.py", "slice(max(0, wanted_start - start), end - start)", "slice(0, end - start)"),
     Mutant("worker/blocks/departing.py", "        self._changed.set()\n\n    def fetch_began", "\n    def fetch_began"),
     Mutant("worker/blocks/departing.py", "            if until_s is None:\n", "            if False:\n"),
-    Mutant("decode_worker/sources.py", "sources[:MOST_SOURCES]", "sources"),
+    Mutant("kv/handover/sources.py", "list(sources[:MOST_SOURCES])", "list(sources)"),
     Mutant(
-        "decode_worker/sources.py",
+        "kv/handover/sources.py",
         "            source = self._waiting.pop(0)\n",
         "            source = self._waiting.pop()\n",
     ),
-    Mutant("decode_worker/sources.py", "self._findable[held_tokens // HASH_BLOCK_TOKENS :]", "self._findable"),
+    Mutant("kv/handover/sources.py", "self._findable[held_tokens // HASH_BLOCK_TOKENS :]", "self._findable"),
     Mutant("decode_worker/fetch.py", "self.fetch.num_writing >= MAX_WRITING and", "False and"),
     Mutant(
         "decode_worker/fetch.py",

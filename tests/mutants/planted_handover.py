@@ -236,9 +236,7 @@ _PULLED = [
         "        if self._mismatches[place] <= MAX_READS:\n",
     ),
     Mutant("prefill_worker/task.py", "        self._mismatches[place] += 1\n", ""),
-    Mutant(
-        "prefill_worker/task.py", "                if not self._has_ended:\n", "                if self._has_ended:\n"
-    ),
+    Mutant("prefill_worker/task.py", "                if self._is_live:\n", "                if not self._is_live:\n"),
     Mutant(
         "prefill_worker/task.py",
         "            self._carrier.do(self.sender.closed(now_s))\n            return\n",

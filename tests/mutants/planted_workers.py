@@ -283,8 +283,8 @@ _LATER = [
     ),
     Mutant(
         "decode_worker/task.py",
-        "self._held_tokens, self._deadline_s - now_s, offer)",
-        "self._held_tokens, self._deadline_s - self._received_at_s, offer)",
+        "        left_s = self._deadline_s - now_s\n",
+        "        left_s = self._deadline_s - self._received_at_s\n",
     ),
     Mutant(
         "decode_worker/task.py",

@@ -7,8 +7,8 @@ import pytest
 from support.engines.frames import damaged
 
 from twostroke.core.request import Role
-from twostroke.decode_worker.sources import MOST_LEFT_TOKENS
 from twostroke.kv.config import CacheConfig
+from twostroke.kv.handover.sources import MOST_LEFT_TOKENS
 from twostroke.protos import worker_pb2
 from twostroke.worker.blocks.fetch import FetchService
 

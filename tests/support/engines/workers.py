@@ -190,7 +190,11 @@ class RouterHand:
             await asyncio.gather(self._reader, return_exceptions=True)
 
     async def submit(
-        self, request_id: str, prompt_ids: list[int], peers: Sequence[WorkerProcess | str] = (), **options: Any
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        peers: Sequence[WorkerProcess | worker_pb2.PrefillPeer | str] = (),
+        **options: Any,
     ) -> Answer:
         """Order one choice."""
         sampling = {"max_tokens": 8, "temperature": 0.0, "seed": 1} | options.pop("sampling", {})
@@ -208,6 +212,8 @@ class RouterHand:
                     worker_id=peer.settings.worker_id, incarnation=peer.incarnation, address=peer.address
                 )
                 if isinstance(peer, WorkerProcess)
+                else peer
+                if isinstance(peer, worker_pb2.PrefillPeer)
                 else worker_pb2.PrefillPeer(worker_id="elsewhere", incarnation=1, address=peer)
                 for peer in peers
             ],

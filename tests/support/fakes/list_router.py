@@ -59,10 +59,11 @@ class Router:
 
     # ---------------------------------------------------------------- workers
 
-    def join(self, name: str, incarnation: int = 1, role: Role = Role.COMBINED) -> WorkerKey:
-        facts = WorkerFacts(
-            name, incarnation, role, f"{name}:1", MODEL, 1000, 16, 16, 2048, capabilities=self.capabilities
-        )
+    def join(
+        self, name: str, incarnation: int = 1, role: Role = Role.COMBINED, capabilities: tuple[str, ...] = ()
+    ) -> WorkerKey:
+        named = (*self.capabilities, *capabilities)
+        facts = WorkerFacts(name, incarnation, role, f"{name}:1", MODEL, 1000, 16, 16, 2048, capabilities=named)
         self.roster.announced(facts, self.now_s)
         self.roster.session_up(facts.key, facts, self.now_s)
         self.up.add(facts.key)
@@ -149,7 +150,13 @@ class Router:
     def ask(self, request_id: str = "r", num_choices: int = 1, domain: str = "acme", **fields: object) -> RequestState:
         sampling = fields.pop("sampling", SamplingParams(max_tokens=5))
         request = Request(
-            request_id, "m", tuple(range(50)), sampling, num_choices, domain, fields.pop("timeout_s", 9.0)
+            request_id,
+            "m",
+            fields.pop("prompt_ids", tuple(range(50))),
+            sampling,
+            num_choices,
+            domain,
+            fields.pop("timeout_s", 9.0),
         )
         timeline = Timeline()
         timeline.mark(Instant.ARRIVED, fields.pop("arrived_s", self.now_s))

@@ -1,7 +1,7 @@
 """Which worker is asked next for blocks, and for which of them."""
 
-from twostroke.decode_worker.sources import MOST_SOURCES, BlockSource, SourceLine
 from twostroke.kv.block import BlockIdentity
+from twostroke.kv.handover.sources import MOST_SOURCES, BlockSource, SourceLine
 
 NAMES = tuple(BlockIdentity(bytes([n]) * 16) for n in range(6))
 

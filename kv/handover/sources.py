@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ..kv.block import BlockIdentity
-from ..kv.handover.fetching import FetchEnd, Wanted
-from ..kv.spec import HASH_BLOCK_TOKENS, WindowedLayers
+from ...core.ports import check_address
+from ...protos import worker_pb2
+from ..block import BlockIdentity
+from ..spec import HASH_BLOCK_TOKENS, WindowedLayers
+from .fetching import FetchEnd, Wanted
 
 MOST_SOURCES = 4  # of one order that are asked
 MOST_LEFT_TOKENS = 64 + HASH_BLOCK_TOKENS  # left after a fetch: less is computed here even if a prefill worker would
@@ -21,6 +24,39 @@ class BlockSource:
     incarnation: int
     address: str
     num_blocks: int  # hash blocks, as the router believes
+
+
+class FetchedBlocks(NamedTuple):
+    """What the fetches of one order brought, all sources together."""
+
+    num_tokens: int = 0
+    source: str = ""  # the last worker that gave some
+    end: str = ""  # of the last fetch, a `FetchEnd`; empty: none was begun
+
+
+NOTHING_FETCHED = FetchedBlocks()
+
+
+def sources_from_wire(messages: Iterable[worker_pb2.BlockSource]) -> tuple[BlockSource, ...]:
+    """The first MOST_SOURCES sources that a message names.
+
+    Raises:
+        InvalidRequest: an address is not host:port.
+    """
+    return tuple(
+        BlockSource(m.worker_id, m.incarnation, check_address(m.address, "block_sources.address"), m.num_blocks)
+        for m, _ in zip(messages, range(MOST_SOURCES), strict=False)
+    )
+
+
+def sources_to_wire(sources: Iterable[BlockSource]) -> list[worker_pb2.BlockSource]:
+    """Sources as messages name them."""
+    return [
+        worker_pb2.BlockSource(
+            worker_id=s.worker_id, incarnation=s.incarnation, address=s.address, num_blocks=s.num_blocks
+        )
+        for s in sources
+    ]
 
 
 class SourceLine:
