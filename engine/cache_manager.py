@@ -238,8 +238,9 @@ class KvCacheManager:
         if not stored and not removed:
             return None
         self._delta += 1
-        return CacheDelta(self._delta, tuple(stored), tuple(removed))
+        return CacheDelta(self._delta, tuple(stored), tuple(removed), self.prefix.lacking(stored))
 
     def snapshot(self) -> CacheSnapshot:
         """All held identities. Call `news` before, so that pending changes are sent as a delta first."""
-        return CacheSnapshot(self._delta, tuple(self.prefix.snapshot()))
+        identities = self.prefix.snapshot()
+        return CacheSnapshot(self._delta, tuple(identities), self.prefix.lacking(identities))

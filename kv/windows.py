@@ -11,7 +11,7 @@ block below n, finds what it needs there, and a worker that may begin at some to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,20 @@ def furthest_start(windowed: WindowedLayers | None, num_blocks: int, lacking: Co
         if missing is None:
             break
         held = missing - missing % step  # every start between here and there sees this block too
+    return held
+
+
+def last_start(
+    windowed: WindowedLayers | None, num_blocks: int, block_tokens: int, lacks: Callable[[int], bool]
+) -> int:
+    """`furthest_start` in blocks of `block_tokens` tokens. `lacks(i)`: block i is without its windowed layers."""
+    held = num_blocks
+    while windowed is not None and held:
+        first = first_needed(windowed, held * block_tokens) // block_tokens
+        found = next((block for block in range(held - 1, first - 1, -1) if lacks(block)), None)
+        if found is None:
+            break
+        held = found  # every start between here and there sees this block too
     return held
 
 

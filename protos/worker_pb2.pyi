@@ -876,19 +876,33 @@ class BlocksSnapshot(_message.Message):
 
     IDENTITIES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    LACKING_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    WINDOW_TOKENS_FIELD_NUMBER: _builtins.int
     identities: _builtins.bytes
     """16 bytes each, parents before children; of hash blocks"""
     last: _builtins.bool
     """snapshots travel in pieces"""
+    lacking: _builtins.bytes
+    """Of models with sliding windows: where a match ends, see kv/windows.py. Zero or empty of an older release.
+    bit i (least first): identity i ends a block without its windowed layers; empty: none does
+    """
+    block_tokens: _builtins.int
+    """of the worker's blocks, which are found whole"""
+    window_tokens: _builtins.int
+    """the largest window; 0: no layer has one"""
     def __init__(
         self,
         *,
         identities: _builtins.bytes = ...,
         last: _builtins.bool = ...,
+        lacking: _builtins.bytes = ...,
+        block_tokens: _builtins.int = ...,
+        window_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identities", b"identities", "last", b"last"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "identities", b"identities", "lacking", b"lacking", "last", b"last", "window_tokens", b"window_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -900,18 +914,22 @@ class BlocksDelta(_message.Message):
 
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    LACKING_FIELD_NUMBER: _builtins.int
     stored: _builtins.bytes
-    """16 bytes each"""
+    """16 bytes each; one that is stored already has got or lost its windowed layers"""
     removed: _builtins.bytes
+    lacking: _builtins.bytes
+    """as in a snapshot, of the stored"""
     def __init__(
         self,
         *,
         stored: _builtins.bytes = ...,
         removed: _builtins.bytes = ...,
+        lacking: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lacking", b"lacking", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

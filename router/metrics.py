@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -24,6 +25,7 @@ DROP_REASONS = ("unknown_request", "stale_epoch", "wrong_worker", "repeated", "g
 OUTCOMES = ("finished", "rejected", "cancelled", "failed")
 PLANNER_ACTIONS = ("hold", "change_role", "start", "drain", "stop")
 TRANSPORTS = ("grpc", "shm", "gloo", "none")
+FORETOLD_SIDES, FORETOLD_OUTCOMES = ("decode", "prefill"), ("right", "missing", "more")
 
 
 class RouterMetrics:
@@ -81,6 +83,13 @@ class RouterMetrics:
         )
         self.kv_bytes_as_bf16 = Counter("twostroke_kv_bytes_as_bf16", "The same KV in bf16", registry=registry)
         self.refetched = Counter("twostroke_kv_blocks_refetched", "KV blocks that arrived damaged", registry=registry)
+        self.foretold_tokens = Counter(
+            "twostroke_foretold_cached_tokens",
+            "Prompt tokens that routing expected in a prefix cache: found there (right) or not (missing); found beside "
+            "them (more)",
+            ["side", "outcome"],
+            registry=registry,
+        )
         self.workers = Gauge("twostroke_workers", "Workers by role and state", ["role", "state"], registry=registry)
         self._planned = Gauge(
             "twostroke_planner_workers",
@@ -118,6 +127,8 @@ class RouterMetrics:
             self.dropped.labels(reason)
         for transport in TRANSPORTS:
             self.kv_bytes.labels(transport)
+        for side, outcome in product(FORETOLD_SIDES, FORETOLD_OUTCOMES):
+            self.foretold_tokens.labels(side, outcome)
 
     def know_model(self, model: str) -> None:
         """Create all series of a model, with zero."""

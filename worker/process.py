@@ -35,6 +35,7 @@ from ..engine.adapters import AdapterBounds, AdapterTable
 from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
+from ..kv.cache.reach import reach_of
 from ..kv.handover import pairing
 from ..kv.handover.frames import slot_bytes
 from ..kv.handover.plane_channel import RingPool
@@ -454,7 +455,8 @@ class WorkerProcess:
         self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
         self.departing = Departing(self._clock)
         self.fetch = FetchService(facts, self.dispatcher, self.counters, self.departing)
-        self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters)
+        reach = reach_of(facts.block_tokens, facts.model.kv_spec.main.windowed)
+        self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters, reach=reach)
 
     def _pairs(self, facts: FaceFacts) -> Pairs:
         """Paired channels of this worker as decode; none are made unless its transport says so."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..core.request import Role
 from ..engine.link.client import EngineClient
 from ..engine.link.messages import CacheDelta, CacheSnapshot, LoadNews
+from ..kv.cache.reach import EVERYWHERE, Reach, bits_of
 from ..kv.messages import role_to_wire
 from ..protos import common_pb2, worker_pb2
 
@@ -37,13 +38,16 @@ class Watchers:
         face: Callable[[], FaceLoad],
         counters: Counter[str],
         *,
+        reach: Reach = EVERYWHERE,
         max_pending: int = MAX_PENDING_IDENTITIES,
         piece_identities: int = PIECE_IDENTITIES,
     ) -> None:
+        """`reach`: where matches of this worker's cache end."""
         self._dispatcher = dispatcher
         self._incarnation = incarnation
         self._face = face
         self._counters = counters
+        self._reach = reach
         self._max_pending = max_pending
         self._piece_identities = piece_identities
         self._open: dict[Watcher, None] = {}  # in the order they came
@@ -91,7 +95,11 @@ class Watchers:
         if snapshot is not None:
             events += [worker_pb2.WatchEvent(snapshot=piece) for piece in self._pieces(snapshot)]
         for delta in deltas:
-            message = worker_pb2.BlocksDelta(stored=b"".join(delta.stored), removed=b"".join(delta.removed))
+            message = worker_pb2.BlocksDelta(
+                stored=b"".join(delta.stored),
+                removed=b"".join(delta.removed),
+                lacking=bits_of(delta.stored, frozenset(delta.lacking)),
+            )
             events.append(worker_pb2.WatchEvent(delta=message))
         if load is not None:
             events.append(worker_pb2.WatchEvent(load=self.report(load)))
@@ -129,10 +137,16 @@ class Watchers:
         )
 
     def _pieces(self, snapshot: CacheSnapshot) -> list[worker_pb2.BlocksSnapshot]:
-        identities, size = snapshot.identities, self._piece_identities
+        identities, size, lacking = snapshot.identities, self._piece_identities, frozenset(snapshot.lacking)
+        parts = [identities[first : first + size] for first in range(0, max(1, len(identities)), size)]
         pieces = [
-            worker_pb2.BlocksSnapshot(identities=b"".join(identities[first : first + size]))
-            for first in range(0, max(1, len(identities)), size)
+            worker_pb2.BlocksSnapshot(
+                identities=b"".join(part),
+                lacking=bits_of(part, lacking),
+                block_tokens=self._reach.block_tokens,
+                window_tokens=self._reach.window_tokens,
+            )
+            for part in parts
         ]
         pieces[-1].last = True
         return pieces

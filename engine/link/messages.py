@@ -316,8 +316,9 @@ class CacheDelta:
     """
 
     sequence: int
-    stored: tuple[BlockIdentity, ...]
+    stored: tuple[BlockIdentity, ...]  # one that is stored already has got or lost its windowed layers
     removed: tuple[BlockIdentity, ...]
+    lacking: tuple[BlockIdentity, ...] = ()  # of the stored: ends of blocks without their windowed layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +327,7 @@ class CacheSnapshot:
 
     sequence: int
     identities: tuple[BlockIdentity, ...]
+    lacking: tuple[BlockIdentity, ...] = ()  # of these: ends of blocks without their windowed layers
 
 
 @dataclass(frozen=True, slots=True)

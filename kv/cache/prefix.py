@@ -12,11 +12,11 @@ what its queries see from there on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ..block import BlockId, BlockIdentity
 from ..spec import HASH_BLOCK_TOKENS, WindowedLayers
-from ..windows import first_needed
+from ..windows import last_start
 from .pool import BlockPool
 
 MAX_PENDING_EVENTS = 65_536
@@ -69,6 +69,7 @@ class PrefixCache:
         self._lacking: set[BlockId] = set()  # findable blocks without their windowed layers
         self._max_pending_events = max_pending_events
         self._pending: dict[BlockIdentity, bool] = {}  # True: stored, False: removed, net since the last drain
+        self._changed: dict[BlockIdentity, None] = {}  # blocks that may have got or lost windowed layers since then
         self.resync_needed = False
         self.swapped_total = 0  # blocks replaced by the canonical copy
         pool.watch_evictions(self.drop)
@@ -129,6 +130,7 @@ class PrefixCache:
                 self._insert(result[i], tuple(identities[i * self._span : (i + 1) * self._span]), parent, root)
                 if i in lacking:
                     self._lacking.add(result[i])
+                    self._note_layers(self._key(identities, i))
             elif entry.block != result[i] and entry.block in self._lacking and i not in lacking:
                 self._replace(entry, result[i])
             elif entry.block != result[i]:
@@ -171,15 +173,28 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ news for the routers
 
+    def lacking(self, identities: Iterable[BlockIdentity]) -> tuple[BlockIdentity, ...]:
+        """Those of these hash blocks that end a findable block without its windowed layers.
+
+        With `block_tokens` and the window they tell what `match` finds.
+        """
+        if not self._lacking:
+            return ()
+        entries = ((identity, self._entry_by_key.get(identity)) for identity in identities)
+        return tuple(identity for identity, entry in entries if entry is not None and entry.block in self._lacking)
+
     def drain_events(self) -> tuple[list[BlockIdentity], list[BlockIdentity]]:
         """Hash blocks (stored, removed), net since the last call; among the stored, parents come before children.
 
+        Blocks that have their windowed layers now, and had them not, are among the stored again; so are the others.
         Read `resync_needed` before the call: if it is set, there were more changes than are kept, the answer is empty,
         and `snapshot` must be sent instead. This call resets it.
         """
         stored = [identity for identity, is_stored in self._pending.items() if is_stored]
         removed = [identity for identity, is_stored in self._pending.items() if not is_stored]
+        stored += [key for key in self._changed if key in self._entry_by_key and key not in self._pending]
         self._pending.clear()
+        self._changed.clear()
         self.resync_needed = False
         return stored, removed
 
@@ -240,15 +255,14 @@ class PrefixCache:
 
     def _matched_blocks(self, identities: Sequence[BlockIdentity]) -> int:
         """Length in physical blocks of the longest held prefix after which computing may begin."""
-        held, size = self._held_blocks(identities), self._pool.block_tokens
-        while self._lacking and held:
-            seen = range(held - 1, first_needed(self.windowed, held * size) // size - 1, -1)
-            lacks = (i for i in seen if self._entry_by_key[self._key(identities, i)].block in self._lacking)
-            found = next(lacks, None)
-            if found is None:
-                break
-            held = found  # every start between here and there sees this block too
-        return held
+        held = self._held_blocks(identities)
+        if not self._lacking:
+            return held
+
+        def lacks(number: int) -> bool:
+            return self._entry_by_key[self._key(identities, number)].block in self._lacking
+
+        return last_start(self.windowed, held, self._pool.block_tokens, lacks)
 
     def _replace(self, entry: _Entry, block: BlockId) -> None:
         """Let another copy of the same tokens stand for an entry. Owners of the old one keep it."""
@@ -258,6 +272,7 @@ class PrefixCache:
             self._holders_by_inner[inner][block] = None
         del self._entry_by_block[entry.block]
         self._lacking.discard(entry.block)
+        self._note_layers(entry.key)
         self._pool.mark_plain(entry.block)
         entry.block = block
         self._entry_by_block[block] = entry
@@ -282,7 +297,9 @@ class PrefixCache:
 
     def _remove(self, entry: _Entry) -> None:
         del self._entry_by_block[entry.block], self._entry_by_key[entry.key]
-        self._lacking.discard(entry.block)
+        if entry.block in self._lacking:
+            self._lacking.remove(entry.block)
+            self._note_layers(entry.key)  # it may come back with them before anybody hears that it was gone
         self._note(entry.key, is_stored=False)
         for inner in entry.identities[:-1]:
             holders = self._holders_by_inner[inner]
@@ -299,8 +316,17 @@ class PrefixCache:
             del self._pending[identity]  # undone before anybody heard of it
             return
         self._pending[identity] = is_stored
-        if len(self._pending) > self._max_pending_events:
+        self._perhaps_resync()
+
+    def _note_layers(self, identity: BlockIdentity) -> None:
+        if not self.resync_needed:
+            self._changed[identity] = None
+            self._perhaps_resync()
+
+    def _perhaps_resync(self) -> None:
+        if len(self._pending) + len(self._changed) > self._max_pending_events:
             self._pending.clear()
+            self._changed.clear()
             self.resync_needed = True
 
     def _parents_first(self) -> Iterator[_Entry]:

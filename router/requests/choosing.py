@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ...core.request import Request, Role
 from ...kv.block import BlockIdentity
+from ...kv.spec import HASH_BLOCK_TOKENS
 from ..routing.buddies import buddy_of
 from ..routing.candidates import RoutingDecision, Source
 from ..routing.known_worker import Worker
@@ -49,7 +50,9 @@ class Chooser:
             run.identities = self._driver.identities(known, run.model)
         # A scored prompt is always computed, so cached prefixes do not help.
         usable = run.identities if request.sampling.prompt_logprobs is None or run.has_output else ()
-        facts, expected = run.facts, prefixes.expected(usable, now_s)
+        facts = run.facts
+        usable = usable[: (facts.prompt_tokens - 1) // HASH_BLOCK_TOKENS]  # the last token is always computed
+        expected = prefixes.expected(usable, now_s)
         sources = self._sources(facts.is_resumed, usable, expected)
         choice = choose(facts, views_of(workers), expected, self._limits.policy, sources)
         if choice is not None and self._limits.has_buddies:

@@ -30,6 +30,7 @@ from ..workers.registry import Identity, WorkerRegistry
 from .admission.entrance import Announced
 from .dispatch import Dispatcher, PieceStream
 from .explain import explain_decisions, explain_run
+from .foretold import foretold
 from .history import RequestHistory
 from .life import life_of
 from .pairs import PairKey, Pairs
@@ -309,5 +310,8 @@ def _measure(metrics: RouterMetrics, run: RequestState, now_s: float) -> None:
         metrics.kv_bytes.labels(transport).inc(report["bytes_moved"])
         metrics.kv_bytes_as_bf16.inc(report["bytes_as_bf16"])
         metrics.refetched.inc(report["refetched_blocks"])
+    for told in foretold(run):
+        for outcome, num_tokens in told.outcomes.items():
+            metrics.foretold_tokens.labels(told.side, outcome).inc(num_tokens)
     if run.dispatches:
         metrics.ended(run.request.worker_model, life_of(run, now_s))

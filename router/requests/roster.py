@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ...core.errors import InvalidRequest
+from ...kv.cache.reach import told_reach
 from ...kv.messages import role_from_wire
 from ...protos import worker_pb2
 from ..routing.facts import WorkerFacts, WorkerKey
@@ -90,10 +91,15 @@ class Roster:
         match event.WhichOneof("body"):
             case "snapshot":
                 piece = event.snapshot
-                return self.prefixes.snapshot(key.worker_id, event.sequence, piece.identities, piece.last)
+                reach = told_reach(piece.block_tokens, piece.window_tokens)
+                return self.prefixes.snapshot(
+                    key.worker_id, event.sequence, piece.identities, piece.last, lacking=piece.lacking, reach=reach
+                )
             case "delta":
                 delta = event.delta
-                return self.prefixes.delta(key.worker_id, event.sequence, delta.stored, delta.removed)
+                return self.prefixes.delta(
+                    key.worker_id, event.sequence, delta.stored, delta.removed, lacking=delta.lacking
+                )
             case "load":
                 self._take_load(key, event.load, now_s)
         return True  # also for an unknown event of a newer release

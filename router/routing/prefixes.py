@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ...kv.block import IDENTITY_BYTES, BlockIdentity
+from ...kv.cache.reach import EVERYWHERE, Reach, places_of
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class _Slot:
     entries: dict[bytes, None] = field(default_factory=dict)  # oldest first
     sequence: int | None = None  # of the last accepted event; None: the next one must begin a snapshot
     in_snapshot: bool = False
+    reach: Reach = EVERYWHERE
+    lacking: set[bytes] = field(default_factory=set)  # entries that end blocks without their windowed layers
     died_in_generation: int = 0
 
 
@@ -79,6 +82,7 @@ class PrefixMap:
         slot = self._slot_by_worker.pop(worker_id, None)
         if slot is not None:
             del self._slot_by_bit[slot.bit]
+            slot.lacking.clear()
             self._live &= ~slot.bit
             slot.died_in_generation = self._generation
             self._dying.append(slot)
@@ -88,9 +92,19 @@ class PrefixMap:
         slot = self._slot_by_worker.get(worker_id)
         return slot is not None and slot.sequence is None
 
-    def snapshot(self, worker_id: str, sequence: int, identities: bytes, last: bool) -> bool:
+    def snapshot(
+        self,
+        worker_id: str,
+        sequence: int,
+        identities: bytes,
+        last: bool,
+        *,
+        lacking: bytes = b"",
+        reach: Reach = EVERYWHERE,
+    ) -> bool:
         """Add a piece of a snapshot: concatenated identities, parents first. The first piece replaces all before it.
 
+        `lacking`: bits of those that end blocks without their windowed layers (kv/cache/reach.py).
         Returns False if events are missing.
         """
         slot = self._slot_by_worker.get(worker_id)
@@ -103,13 +117,16 @@ class PrefixMap:
             slot = self._slot_by_worker[worker_id]
         if len(identities) % IDENTITY_BYTES:
             return self._gap(slot)
-        slot.sequence, slot.in_snapshot = sequence, not last
+        slot.sequence, slot.in_snapshot, slot.reach = sequence, not last, reach
         self._live |= slot.bit
-        self._store(slot, identities)
+        self._store(slot, identities, lacking)
         return True
 
-    def delta(self, worker_id: str, sequence: int, stored: bytes, removed: bytes) -> bool:
-        """Apply blocks that became findable at a worker, and blocks that are no longer. False if events are missing."""
+    def delta(self, worker_id: str, sequence: int, stored: bytes, removed: bytes, *, lacking: bytes = b"") -> bool:
+        """Apply blocks that became findable at a worker, and blocks that are no longer. False if events are missing.
+
+        `lacking`: as in `snapshot`, of the stored.
+        """
         slot = self._slot_by_worker.get(worker_id)
         if slot is None or slot.sequence is None:
             return False
@@ -119,8 +136,9 @@ class PrefixMap:
         for identity in _split(removed):
             if identity in slot.entries:
                 del slot.entries[identity]
+                slot.lacking.discard(identity)
                 self._clear(identity, slot.bit)
-        self._store(slot, stored)
+        self._store(slot, stored, lacking)
         return True
 
     def sweep(self, max_entries: int) -> bool:
@@ -179,8 +197,13 @@ class PrefixMap:
         return len(self._young.keys() | self._old.keys())
 
     def held(self, identities: Sequence[BlockIdentity]) -> dict[str, int]:
-        """Number of leading blocks of a prompt that each worker holds; workers that hold none are absent."""
-        return self._match(identities, self._live, (self._masks,))
+        """Number of leading blocks of a prompt after which each worker can begin; workers that hold none are absent."""
+        found = self._match(identities, self._live, (self._masks,))
+        for worker_id, count in list(found.items()):
+            slot = self._slot_by_worker[worker_id]
+            if slot.reach != EVERYWHERE:
+                found[worker_id] = slot.reach.usable(identities, count, slot.lacking.__contains__)
+        return found
 
     def expected(self, identities: Sequence[BlockIdentity], now_s: float) -> dict[str, int]:
         """Like `held`, predicted blocks of requests under way included."""
@@ -191,6 +214,8 @@ class PrefixMap:
         for slot in self._slot_by_worker.values():
             known |= slot.bit
         predicted = self._match(identities, known, (self._young, self._old))
+        for worker_id, count in predicted.items():  # they will have all layers, in whole blocks
+            predicted[worker_id] = self._slot_by_worker[worker_id].reach.whole(count)
         for worker_id, count in self.held(identities).items():
             predicted[worker_id] = max(count, predicted.get(worker_id, 0))
         return predicted
@@ -231,6 +256,7 @@ class PrefixMap:
                 masks[identity] = masks.get(identity, 0) | slot.bit
         assert masks == self._masks
         assert self._num_entries == sum(len(slot.entries) for slot in self._all_slots()) <= self._max_entries
+        assert all(slot.entries.keys() >= slot.lacking for slot in self._slot_by_worker.values())
         bits = [slot.bit for slot in self._all_slots()] + self._free_bits
         assert len(bits) == len(set(bits)) == self._num_bits
 
@@ -245,12 +271,14 @@ class PrefixMap:
         self._live &= ~slot.bit
         return False
 
-    def _store(self, slot: _Slot, identities: bytes) -> None:
+    def _store(self, slot: _Slot, identities: bytes, lacking: bytes) -> None:
         masks, entries, bit = self._masks, slot.entries, slot.bit
-        before = len(entries)
-        for identity in _split(identities):
+        before, listed = len(entries), list(_split(identities))
+        for identity in listed:
             entries[identity] = None
             masks[identity] = masks.get(identity, 0) | bit
+        slot.lacking.difference_update(listed)
+        slot.lacking.update(listed[place] for place in places_of(lacking) if place < len(listed))
         self._num_entries += len(entries) - before
         if self._num_entries > self._max_entries:
             self._make_room()
@@ -272,6 +300,7 @@ class PrefixMap:
             count = min(len(slot.entries), self._num_entries - self._max_entries + self._max_entries // 16)
             for identity in [identity for identity, _ in zip(slot.entries, range(count), strict=False)]:
                 del slot.entries[identity]
+                slot.lacking.discard(identity)
                 self._clear(identity, slot.bit)
             self.num_dropped += count
 

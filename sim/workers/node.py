@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ...core.request import SequenceKey
 from ...decode_worker.pull import KvPullTools
 from ...engine.link import messages as link
+from ...kv.cache.reach import reach_of
 from ...kv.handover.carrier import StreamHost
 from ...kv.handover.frames import WireError, decode_envelope
 from ...kv.handover.machine import SendFrame
@@ -99,7 +100,10 @@ class WorkerNode:
         self._has_handed_back = False
         self.routers: Callable[[], Iterable[RouterNode]] = tuple  # those that live
         self.face = FaceLoad(worker.role)
-        self.watchers = Watchers(self.dispatcher, process.life, lambda: self.face, Counter(), piece_identities=3)
+        reach = reach_of(worker.block_tokens, None)
+        self.watchers = Watchers(
+            self.dispatcher, process.life, lambda: self.face, Counter(), reach=reach, piece_identities=3
+        )
 
     @property
     def is_idle(self) -> bool:

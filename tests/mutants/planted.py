@@ -43,6 +43,7 @@ _SESSION = (
 )
 _PURE = (
     "tests/router/requests/test_returns.py",
+    "tests/router/requests/test_foretold.py",
     "tests/router/requests/test_lifecycle.py",
     "tests/router/requests/test_resume.py",
     "tests/router/requests/test_suspects.py",
@@ -97,6 +98,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/kv/test_store_windows.py",
     ),
     "kv/store/host_store": ("tests/kv/test_host_store.py",),
+    "kv/cache/reach": ("tests/router/routing/test_prefix_windows.py",),
+    "kv/cache/prefix": ("tests/kv/test_prefix.py", "tests/router/routing/test_prefix_windows.py"),
     "kv/cache/residency": ("tests/kv/test_residency.py",),
     "kv/cache/states": ("tests/engine/test_states.py", "tests/engine/test_engine_lives.py"),
     "kv/block": ("tests/kv/test_identities.py",),
@@ -214,7 +217,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_PURE,
         "tests/router/requests/test_codec_change.py",
     ),
-    "router/routing/prefixes": ("tests/router/routing/test_prefixes.py", *_PURE),
+    "router/routing/prefixes": (
+        "tests/router/routing/test_prefixes.py",
+        "tests/router/routing/test_prefix_windows.py",
+        *_PURE,
+    ),
+    "router/requests/foretold": ("tests/router/requests/test_foretold.py",),
     "router/requests/dispatch": (*_FLOW, "tests/router/requests/test_flow_lives.py"),
     "router/workers/registry": (
         *_FLOW,

@@ -72,4 +72,28 @@ MUTANTS = [
         "        lacking = {number // span for number in sequence.lacking}\n",
         "        lacking = set[int]()\n",
     ),
+    Mutant(
+        "kv/cache/prefix.py",
+        "        self._lacking.discard(entry.block)\n        self._note_layers(entry.key)\n",
+        "        self._lacking.discard(entry.block)\n",
+    ),
+    Mutant(
+        "kv/cache/prefix.py",
+        "        stored += [key for key in self._changed",
+        "        [] + [key for key in self._changed",
+    ),
+    Mutant(
+        "kv/cache/prefix.py",
+        "            self._note_layers(entry.key)  # it may come back",
+        "            pass  # it may come back",
+    ),
+    Mutant("kv/cache/reach.py", "identities[(number + 1) * span - 1]", "identities[number * span]"),
+    Mutant("kv/cache/reach.py", "        return num_held - num_held % (", "        return num_held + 0 * ("),
+    Mutant("kv/cache/reach.py", "or block_tokens % HASH_BLOCK_TOKENS:", "or False:"),
+    Mutant("router/routing/prefixes.py", "        slot.lacking.difference_update(listed)\n", ""),
+    Mutant("router/routing/prefixes.py", "            if slot.reach != EVERYWHERE:\n", "            if False:\n"),
+    Mutant("router/routing/prefixes.py", "if place < len(listed))", "if place < len(listed) - 1)"),
+    Mutant("router/requests/choosing.py", "usable[: (facts.prompt_tokens - 1) // HASH_BLOCK_TOKENS]", "usable[:]"),
+    Mutant("router/requests/foretold.py", "if run.error is not None or len(run.dispatches)", "if len(run.dispatches)"),
+    Mutant("router/requests/foretold.py", "winner.prefill.worker_id == report", "winner.prefill.worker_id != report"),
 ]

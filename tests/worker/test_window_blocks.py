@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from support.engines.workers import Answer
+from support.fakes.list_router import Router
 
 from twostroke.core.request import CacheScope, Role
 from twostroke.engine.config import StepConfig
@@ -121,6 +122,62 @@ async def test_a_fetch_of_a_beginning_whose_windows_are_gone_gives_nothing(start
     assert (answer.end.handover.fetch_end, answer.end.handover.tokens_fetched) == ("empty", 0)
     assert answer.end.handover.tokens_moved == 400
     await all_free(prefill, first, second)
+
+
+class Expecting:
+    """A router's map of one worker, fed by the worker's own events."""
+
+    def __init__(self, worker, hand):
+        self.worker, self.router = worker, Router()
+        self.key = self.router.join(worker.settings.worker_id, worker.incarnation)
+        self.router.roster.watching(self.key)
+        self._stream = hand.stub.Watch(worker_pb2.WatchRequest(router_id="expecting"))
+        self._heard = 0
+
+    @property
+    def _has_heard_all(self):
+        (watcher,) = self.worker.watchers._open or (None,)
+        return self._heard > 0 and self._heard == watcher.sequence and not watcher._deltas
+
+    async def expected(self, prompt):
+        """Tokens of a prompt that a router believes to be cached there, when it has heard of all that is."""
+        prefixes = self.router.roster.prefixes
+        async with asyncio.timeout(WAIT_S):
+            while not self._has_heard_all:
+                event = await self._stream.read()
+                assert self.router.roster.take_event(self.key, event, 0.0)
+                self._heard = event.sequence
+        names = self.worker.room.facts.namer.name(prompt, CacheScope("tests", b"")).identities
+        return prefixes.held(names[: (len(prompt) - 1) // 16]).get(self.key.worker_id, 0) * 16
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+async def test_a_router_expects_what_the_worker_finds(start, router_of, make_prompt, all_free, block_size):
+    prefill, decode = await start(Role.PREFILL, transport="grpc"), await start(Role.DECODE, block_size)
+    hand = await router_of(decode)
+    map_ = Expecting(decode, hand)
+    assert await map_.expected(make_prompt(LONG, 8)) == 0
+    prompt = make_prompt(LONG, 8)
+    first = await asked(hand, "first", prompt, [prefill])
+    await all_free(prefill, decode)
+    found = []
+    asked_for = {
+        "again": prompt,
+        "turn": [*prompt, *first.token_ids, *make_prompt(100, 9)],
+        "other": [*prompt[:300], *make_prompt(200, 10)],  # its beginning is here, but not what its window needs
+        "shorter": prompt[:250],
+        "by itself": [*prompt[:340], *make_prompt(60, 11)],
+        "other again": [*prompt[:300], *make_prompt(200, 10)],
+    }
+    for name, wanted in asked_for.items():
+        expected = await map_.expected(wanted)
+        answer = await asked(hand, name, wanted, [] if name == "by itself" else [prefill])
+        assert answer.end.handover.tokens_held == expected, name
+        found.append(expected)
+        await all_free(prefill, decode)
+    assert found[0] >= 448, "the same prompt again"
+    assert found[2] == 0, "blocks alone would have promised 288"
+    map_.router.roster.prefixes.check_integrity()
 
 
 async def test_a_hand_over_that_is_lost_midway_is_computed_from_where_all_layers_are(

@@ -258,7 +258,7 @@ async def test_goes_where_the_prefix_is_held_and_resyncs_after_a_gap() -> None:
         assert len(holder.submits) == 4
         explained = c.flow.explain("tenant", "r0")
         assert explained is not None
-        assert explained["choice"]["winner"]["decode_held_tokens"] == 1599
+        assert explained["choice"]["winner"]["decode_held_tokens"] == 1584
         holder.push_delta([b"x" * 16], sequence=7)
         await until(lambda: holder.num_watches == 2)
         assert c.flow.cluster()["counters"]["prefix_gaps"] == 1

@@ -188,12 +188,16 @@ class Router:
         code: str | None = None,
         key: WorkerKey | None = None,
         missing: int = 0,
+        *,
+        handover: worker_pb2.HandoverReport | None = None,
     ) -> None:
         end = worker_pb2.RequestEnd(request_id=run.name, choice=choice, reason=ERROR if code else LENGTH)
         end.epoch.incarnation, end.epoch.counter = run.dispatches[-1].epoch
         end.usage.completion_tokens = run.delivery.tokens_of(choice) + missing
         if code:
             end.error.code, end.error.message = code, "no"
+        if handover is not None:
+            end.handover.CopyFrom(handover)
         key = key or run.dispatches[-1].decode
         self.life.take_step(key, worker_pb2.StepOutput(ends=[end]), self.now_s)
 
