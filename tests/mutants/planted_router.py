@@ -69,8 +69,8 @@ _ROUTER = [
     ),
     Mutant(
         "router/routing/prefixes.py",
-        "                self._clear(identity, slot.bit)\n        self._store(slot, stored)\n",
-        "        self._store(slot, stored)\n",
+        "                self._clear(identity, slot.bit)\n        self._store(slot, stored, lacking)\n",
+        "        self._store(slot, stored, lacking)\n",
     ),
     Mutant(
         "router/routing/prefixes.py",
@@ -393,8 +393,8 @@ _LIVES = [
     Mutant("router/requests/roster.py", "            self._wires.lost(change)\n", ""),
     Mutant(
         "router/requests/roster.py",
-        "delta(key.worker_id, event.sequence, delta.stored, delta.removed)",
-        'delta(key.worker_id, event.sequence, delta.stored, b"")',
+        "key.worker_id, event.sequence, delta.stored, delta.removed, lacking",
+        'key.worker_id, event.sequence, delta.stored, b"", lacking',
     ),
     Mutant("router/requests/state.py", "        self.delivery.recall()\n", ""),
     Mutant(

@@ -39,8 +39,16 @@ MUTANTS = [
         "                pass\n",
     ),
     Mutant("kv/store/store.py", "wanted[self._windowed] *= not lacks", "wanted[self._windowed] *= 1"),
-    Mutant("kv/cache/prefix.py", "        while self._lacking and held:\n", "        while False:\n"),
-    Mutant("kv/cache/prefix.py", "            held = found  #", "            break  #"),
+    Mutant(
+        "kv/cache/prefix.py",
+        "        if not self._lacking:\n            return held\n",
+        "        if True:\n            return held\n",
+    ),
+    Mutant(
+        "kv/windows.py",
+        "        held = found  # every start between here and there sees this block too\n    return held\n\n\ndef u",
+        "        break\n    return held\n\n\ndef u",
+    ),
     Mutant("kv/cache/prefix.py", "                self._replace(entry, result[i])\n", "                pass\n"),
     Mutant("kv/cache/prefix.py", "and i not in lacking:\n", "and True:\n"),
     Mutant(

@@ -60,7 +60,7 @@ async def chat(start_worker, router_of, make_prompt):
     return Chat(prefill, decode, hand, turn, truth.token_ids)
 
 
-async def test_the_answer_comes_back_and_only_the_new_turn_is_computed(chat, all_free):
+async def test_the_answer_comes_back_and_only_the_new_turn_is_computed(chat, make_prompt, all_free):
     told = await chat.second(chat.holder)
     assert (told.prefill_worker, told.tokens_held) == (chat.prefill.settings.worker_id, HELD)
     assert told.prefill_cached_tokens == HELD
@@ -70,8 +70,12 @@ async def test_the_answer_comes_back_and_only_the_new_turn_is_computed(chat, all
     assert told.tokens_moved == len(chat.turn) - HELD, "decode gets what it lacks, and no more"
     counters = chat.prefill.counters
     assert (counters["prefill_fetched_tokens"], counters["prefill_returns_kept"]) == (HELD - held_before, 1)
-    again = await chat.second(chat.holder, name="again")
+    other = [*chat.turn[:-40], *make_prompt(60, 9)]
+    answer = await chat.hand.submit("again", other, [chat.peer(chat.holder)], sampling=SAMPLING)
+    again = (await answer.ended(WAIT_S)).end.handover
+    assert again.prefill_worker == chat.prefill.settings.worker_id
     assert (again.prefill_fetched_tokens, again.prefill_fetch_end) == (0, ""), "it is here already"
+    assert counters["prefill_returns_given_up"] == 1, "no blocks were taken for it"
     await all_free(chat.prefill, chat.decode)
 
 
