@@ -68,6 +68,6 @@ BUGS: tuple[Planted, ...] = (
     Planted(returns_outlive_their_jobs, ("R7",), 250, chatting_in_bad_weather),
     Planted(jobs_begin_after_their_end, ("R7", "K1"), 100, chatting_in_bad_weather),
     Planted(jobs_wait_for_what_was_given_up, ("K1",), 120, chatting),
-    Planted(blocks_that_did_not_come_are_kept, ("K4", "K5"), 150, chatting_in_bad_weather),
+    Planted(blocks_that_did_not_come_are_kept, ("K4", "K5", "K7"), 150, chatting_in_bad_weather),
     Planted(returned_blocks_are_kept_by_nobody, ("L1",), 100, chatting),
 )

@@ -298,7 +298,7 @@ def chatting(setting: Setting) -> Setting:
 def chatting_in_bad_weather(setting: Setting) -> Setting:
     """As `chatting`; streams break and stall, planes are damaged, clients leave while blocks come, a worker freezes."""
     setting = chatting(setting)
-    weather = Weather(delay_s=0.01, drop=0.01, break_=0.01, stall=0.03, stall_s=2.0, damage=0.15, reset=0.0)
+    weather = Weather(delay_s=0.01, drop=0.01, break_=0.01, stall=0.12, stall_s=1.0, damage=0.15, reset=0.0)
     orders = tuple(
         replace(order, attempts=2, timeout_s=5.0, cancel_after_s=0.04 if place == 1 else None)
         for place, order in enumerate(setting.orders)
