@@ -7,7 +7,8 @@ about log2(n) look-ups: each look-up ANDs the mask of the workers in question.
     blocks of a prompt   0 ────────── lo ───────── mid ───────── hi ── n
     a group of workers   holds [0, lo), may hold [lo, hi), certainly not more
 
-The map never claims more than the workers reported: after a missing event a worker matches nothing until its next
+A match ends where the worker's own would: in whole blocks, and where windows are held (kv/cache/reach.py). The map
+never claims more than the workers reported: after a missing event a worker matches nothing until its next
 snapshot, and entries that are dropped for the memory bound only make answers shorter.
 """
 
