@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant(_JOURNALING, "            **scope_to_wire(order.scope),\n", ""),
     Mutant(_JOURNALING, "            identity_root=order.prompt.names.root,\n", ""),
     Mutant(_COPIES, "                deadline_s=self._deadline_s,\n", ""),
-    Mutant(_COPIES, "                priority=LOWEST,\n", ""),
+    Mutant(_COPIES, "                priority=self._priority,\n", ""),
     Mutant(_COPIES, "facts.namer.name(token_ids, scope)", 'facts.namer.name(token_ids, CacheScope("", b""))'),
     Mutant("decode_worker/fetch.py", "                    **scope_to_wire(self._order.scope),\n", ""),
     Mutant("engine/link/draining.py", "        self._undone = asyncio.Event()\n\n", "\n"),
