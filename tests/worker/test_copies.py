@@ -9,7 +9,7 @@ from twostroke.core.request import CacheScope, Role, SequenceKey
 from twostroke.engine.link.messages import Source
 from twostroke.kv.keys import PromptNames
 from twostroke.protos import handover_pb2
-from twostroke.worker.blocks.copies import KEEP_S, LOWEST, Copied, KeepTask
+from twostroke.worker.blocks.copies import KEEP_S, LOWEST, Copied, CopyTools, KeepTask
 from twostroke.worker.blocks.fetch import FetchService
 
 
@@ -48,7 +48,7 @@ def test_a_copy_goes_behind_all_else_and_ends_in_time():
     dispatcher = SimpleNamespace(own=lambda key, owner: None, send=sent.append)
     tools = SimpleNamespace(dispatcher=dispatcher, clock=SimpleNamespace(now_s=lambda: 100.0))
     copied = Copied(SequenceKey("keep/1", 0), CacheScope("tests", b""), PromptNames(b"root", ()), (1,) * 16, "a:1")
-    KeepTask(copied, None, tools, None, None).start()
+    KeepTask(copied, CopyTools(None, tools, None), None).start()
     (submit,) = sent
     assert (submit.priority, submit.deadline_s, submit.source) == (LOWEST, 100.0 + KEEP_S, Source.PEER)
 
