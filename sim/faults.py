@@ -13,6 +13,7 @@ from ..engine.plan import StepPlan
 from .client import Client
 from .invariants import Violation
 from .knowledge import Idleness, check_beliefs
+from .library import Library
 from .network import Network
 from .rings import Host
 from .router import RouterNode
@@ -53,6 +54,8 @@ class Schedule:
         self.num_killed = 0  # workers, by the request that kills them
         self.processes = {worker.worker_id: Process(worker.worker_id) for worker in self.setting.workers}
         self.processes |= {name: Process(name) for name in self.setting.routers}
+        if self.setting.pairs is not None:
+            self.network.library = Library(self.world, self.setting.pairs)
         self.nodes: dict[str, WorkerNode] = {}
         self.routers: dict[str, RouterNode] = {}
         self.idleness = Idleness(self.world, self.routers)
@@ -198,6 +201,7 @@ class Schedule:
         counters: Counter[str] = Counter()
         for node in self.nodes.values():
             counters.update(dict(node.engine.load().counters))
+        counters["transfers_moved"] = 0 if self.network.library is None else self.network.library.num_moved
         transcript = self.world.transcript
         if violation is not None:
             self.world.note("violated", str(violation))

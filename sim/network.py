@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .library import Library
 from .rings import Host
 from .world import Process, World
 
@@ -98,6 +99,7 @@ class Network:
         """`host` has the memory that processes share."""
         self.world = self._world = world
         self.host = host
+        self.library: Library | None = None  # of paired channels; None: nobody has any
         self.weather = weather
         self._blocked_until_s: dict[tuple[str, str], float] = {}  # one-way partitions
         self._open: list[End] = []  # opening ends; swept at every crash

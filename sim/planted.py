@@ -14,6 +14,7 @@ from ..sim import (
     planted_handover,
     planted_returns,
     planted_router,
+    planted_wires,
     planted_worker,
 )
 from .planting import Planted
@@ -27,4 +28,5 @@ PLANTED = (
     *planted_blocks.BUGS,
     *planted_returns.BUGS,
     *planted_router.BUGS,
+    *planted_wires.BUGS,
 )

@@ -11,8 +11,10 @@ from ..core.request import Role, SamplingParams
 from ..decode_worker.journal import JournalLimits
 from ..decode_worker.policy import combined_policy, decode_policy
 from ..engine.policy import Policy, StepLimits
+from ..kv.handover.paired_library import Patience
 from ..prefill_worker.policy import prefill_policy
 from ..router.routing.fleet import FleetLimits
+from .library import PairSetting
 from .network import Weather
 from .rings import MAX_RINGS
 from .workers.store import LETTERS, VOCABULARY
@@ -122,6 +124,7 @@ class Setting:
     journal: JournalLimits | None = None  # of every worker; None: streams have no buddies
     nonsense: float = 0.0  # probability that a buddy's answer makes no sense
     has_returns: bool = False  # prefill workers fetch what decode workers hold
+    pairs: PairSetting | None = None  # paired channels; None: planes take the stream or shared memory
 
     @property
     def loses_nobody(self) -> bool:
@@ -186,6 +189,7 @@ def draw(seed: int) -> Setting:
     setting = _with_a_departure(random.Random(f"departure {seed}"), setting)
     setting = _with_a_journal(random.Random(f"journal {seed}"), setting)
     setting = replace(setting, has_returns=random.Random(f"returns {seed}").random() < 0.35)
+    setting = _with_pairs(random.Random(f"pairs {seed}"), setting)
     setting = _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
     setting = _with_older_releases(random.Random(f"older {seed}"), setting)
     setting = _with_two_losses(random.Random(f"two losses {seed}"), setting)
@@ -260,6 +264,25 @@ def _with_a_journal(rng: random.Random, setting: Setting) -> Setting:
     factor = rng.choice((1, 2, 4, 8))
     workers = tuple(replace(worker, num_blocks=factor * worker.num_blocks) for worker in setting.workers)
     return replace(setting, journal=limits, nonsense=_rate(rng, 0.5), workers=workers)
+
+
+def _with_pairs(rng: random.Random, setting: Setting) -> Setting:
+    """In a quarter of schedules decode workers use paired channels, whose library fails, hangs and lets go late."""
+    if rng.random() > 0.25:
+        return setting
+    silence_s = setting.timing.silence_s
+    pairs = PairSetting(
+        patience=Patience(join_s=rng.choice((0.5, 2.0)), operation_s=silence_s * rng.choice((0.2, 0.5))),
+        retry_s=rng.choice((0.1, 0.5, 30.0)),
+        delay_s=rng.choice((0.0005, 0.005, 0.05)),
+        join_failure=rng.choice((0.0, 0.0, 0.5)),
+        failure=_rate(rng, 0.2),
+        hang=_rate(rng, 0.1),
+        damage=setting.weather.damage,
+        max_channels=rng.choice((1, 4)),
+        is_required=rng.random() < 0.2,
+    )
+    return replace(setting, pairs=pairs)
 
 
 def _with_texts(rng: random.Random, setting: Setting) -> Setting:

@@ -27,7 +27,8 @@ from ..core.tls.identity import TlsIdentity, add_port
 from ..decode_worker.buddy_calls import BuddyCalls
 from ..decode_worker.journal import Journal, JournalLimits
 from ..decode_worker.journaling import Journaling
-from ..decode_worker.pairs import Pairs, PairShape
+from ..decode_worker.paired_peers import PairShape
+from ..decode_worker.pairs import Pairs
 from ..decode_worker.pull import KvPullTools
 from ..decode_worker.service import DecodeService
 from ..decode_worker.tools import DecodeTaskTools
@@ -38,8 +39,9 @@ from ..engine.link.client import EngineClient
 from ..kv.cache.reach import reach_of
 from ..kv.handover import pairing
 from ..kv.handover.frames import slot_bytes
+from ..kv.handover.paired_library import Patience
 from ..kv.handover.plane_channel import RingPool
-from ..kv.handover.transports.communicator import Patience, join_by_torch
+from ..kv.handover.transports.communicator import join_by_torch
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, ServerContext, handlers
 from ..kv.handover.transports.paired_end import PairedDestination, PairedSource, PairSettings
 from ..kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
@@ -89,7 +91,8 @@ LINGER_S = 2.0  # longest time after a drain that was asked for, in which others
 STOP_S = 5.0  # longest time for the engine's last step
 TOLD_S = 1.0  # longest time for the routers to hear that this worker drains and comes back
 ANY_ADDRESS = ("0.0.0.0", "::")  # then a paired channel uses the address of the machine's name
-PAIR_PATIENCE = Patience(join_s=10.0, operation_s=10.0)
+PAIR_JOIN_S = 10.0
+PAIR_SHARE = 0.75  # of the silence that ends a hand-over: a transfer that hangs fails before the hand-over does
 
 
 class WorkerProcess:
@@ -481,7 +484,8 @@ class WorkerProcess:
     @property
     def _pair_settings(self) -> PairSettings:
         host = self._host()
-        return PairSettings("" if host in ANY_ADDRESS else host, PAIR_PATIENCE, join_by_torch)
+        patience = Patience(PAIR_JOIN_S, PAIR_SHARE * self._timing.silence_s)
+        return PairSettings("" if host in ANY_ADDRESS else host, patience, join_by_torch)
 
     def _face_load(self) -> FaceLoad:
         return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s, self._gpus())

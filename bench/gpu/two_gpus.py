@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 import torch
 from report import machine, spread, table
 
+from twostroke.kv.handover.paired_channel import PairedChannel
+from twostroke.kv.handover.paired_library import Patience
 from twostroke.kv.handover.paired_link import Announce, Deliver, DestinationEnd, Free, Ready, SourceEnd
-from twostroke.kv.handover.transports.communicator import Backend, Patience, join_by_torch, make_store
-from twostroke.kv.handover.transports.paired_channel import PairedChannel
+from twostroke.kv.handover.transports.communicator import Backend, join_by_torch, make_store
 
 HOST, PATIENCE_S, SLOTS, WAIT_S = "127.0.0.1", 30.0, 4, 0.0002
 PATIENCE = Patience(PATIENCE_S, PATIENCE_S)

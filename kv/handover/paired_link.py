@@ -185,6 +185,11 @@ class DestinationEnd(_End):
         self.last_id = 0  # of the transfers that were announced
         self._waiting: deque[Announce] = deque()  # for a slot
 
+    @property
+    def free_slots(self) -> frozenset[int]:
+        """Slots that the next receives are posted into."""
+        return frozenset(self._free)
+
     def announced(self, transfer: int, num_bytes: int, now_s: float) -> list[LinkAction]:
         """The source has filled a slot of its own."""
         if self.state is not LinkState.OPEN:

@@ -3,7 +3,7 @@
 The *plane channel* of a hand-over is the stream itself ("grpc": planes follow their header), a ring of slots in
 memory that both processes map ("shm": the header names a slot), or a paired channel ("gloo": the header names a
 transfer). Decode makes ring and channel and offers them in Open; prefill answers in Started.
-`transports/shared_memory.py` has the real memory, `transports/paired_end.py` the ends of a paired channel: it belongs
+`transports/shared_memory.py` has the real memory, `paired_transfers.py` the ends of a paired channel: it belongs
 to two workers and carries the planes of all their hand-overs. When it fails, frames take the stream again, and those
 that were on their way are asked for once more.
 """
@@ -147,7 +147,7 @@ class ReceivingEnd(Protocol):
         ...
 
     def claim(self, key: int, transfer: int, took: Callable[[memoryview | None], None]) -> None:
-        """Pass the planes of a transfer to `took` when they are here; None: they will not come.
+        """Pass the planes of a transfer to `took` when they are here; None: they will not come, or came before.
 
         `took` is never called inside this call.
         """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ...core.request import Role
 from ...engine.facts import FaceFacts, ModelFacts
 from ...kv.handover.frames import slot_bytes
-from ...kv.handover.plane_channel import RingPool
+from ...kv.handover.plane_channel import GLOO, RingPool, TransportPolicy
 from ...kv.keys import PromptHasher
 from ...router.routing import facts as router_facts
+from ..library import PairSetting
 from ..rings import Host, SimRing
 from ..setting import WorkerSetting
 from .cells import DIGEST_KEY, SPEC
@@ -53,8 +55,11 @@ def ring_pool(host: Host, worker: WorkerSetting) -> RingPool:
     return RingPool(lambda: SimRing(host, worker.frame_slots, size), one, one * worker.num_rings)
 
 
-def face_facts(worker: WorkerSetting) -> FaceFacts:
+def face_facts(worker: WorkerSetting, pairs: PairSetting | None) -> FaceFacts:
     """Facts that a worker's face has of its engine."""
+    transport = TransportPolicy()
+    if pairs is not None and worker.role is not Role.PREFILL:
+        transport = TransportPolicy(GLOO, pairs.is_required)
     return FaceFacts(
         worker_id=worker.worker_id,
         model=MODEL_FACTS,
@@ -66,4 +71,5 @@ def face_facts(worker: WorkerSetting) -> FaceFacts:
         frame_slots=worker.frame_slots,
         max_num_seqs=worker.limits.max_num_seqs,
         max_batch_tokens=worker.limits.max_batch_tokens,
+        transport=transport,
     )

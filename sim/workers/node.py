@@ -17,7 +17,7 @@ from ...decode_worker.pull import KvPullTools
 from ...engine.link import messages as link
 from ...kv.cache.reach import reach_of
 from ...kv.handover.carrier import StreamHost
-from ...kv.handover.frames import WireError, decode_envelope
+from ...kv.handover.frames import WireError, decode_envelope, transfer_of
 from ...kv.handover.machine import SendFrame
 from ...kv.handover.transports.grpc import Channels
 from ...prefill_worker.service import PrefillService
@@ -41,6 +41,7 @@ from .engine import NUMERICS, Engine
 from .faces import SessionFace, WatchFace
 from .facts import PORT, ROUTER_MODEL, address_of, face_facts, ring_pool
 from .handovers import Place, SimFetchHost, SimHost
+from .paired import Paired
 from .service import ORPHAN_SLACK_S, SimRunTools, SimService
 from .store import TOKENIZER, Ledger
 
@@ -54,7 +55,12 @@ class WorkerNode:
     """One life of one worker."""
 
     def __init__(
-        self, network: Network, process: Process, worker: WorkerSetting, setting: Setting, ledger: Ledger
+        self,
+        network: Network,
+        process: Process,
+        worker: WorkerSetting,
+        setting: Setting,
+        ledger: Ledger,
     ) -> None:
         world = network.world
         self.world, self.network, self.process = world, network, process
@@ -62,7 +68,8 @@ class WorkerNode:
         self.engine = Engine(world, process, setting, worker, ledger)
         self.dispatcher = SimDispatcher(self.engine)
         self.engine.tell = self._tell
-        self.facts = face_facts(worker)
+        self.facts = face_facts(worker, setting.pairs)
+        self.paired = Paired(self, setting.pairs, self.facts.transport)
         self.session_timing = cast(Any, None)  # SessionFace has its own timers
         self.rings = ring_pool(network.host, worker)
         pull = KvPullTools(
@@ -74,6 +81,7 @@ class WorkerNode:
             world,
             Counter(),
             rings=self.rings,
+            pairs=self.paired.pairs,
         )
         self.blocks = Blocks(self, pull)
         tools = SimRunTools(self.facts, pull, cast(Channels, None), journal=self.blocks.journaling, node=self)
@@ -89,6 +97,7 @@ class WorkerNode:
             Counter(),
             open_memory=network.host.open,
             begin_return=self.blocks.begin_return,
+            pair=self.paired.get,
         )
         self.prefill = PrefillService(self.facts, jobs, lambda: worker.role, worker.max_handovers)
         self.sessions: list[SessionFace] = []
@@ -109,7 +118,7 @@ class WorkerNode:
     def is_idle(self) -> bool:
         """True when no sequence, hand-over or run is left."""
         is_busy = self.engine.num_live or self.jobs or self.service.num_running or self.dispatcher.num_owned
-        return not is_busy and self.blocks.is_idle
+        return not is_busy and self.blocks.is_idle and self.paired.is_idle
 
     # ------------------------------------------------------------------ what routers open
 
@@ -154,9 +163,9 @@ class WorkerNode:
         assert peer is not None, address
         return peer
 
-    def connect(self, address: str, name: str) -> tuple[End, End]:
+    def connect(self, address: str, name: str, *, is_calm: bool = False) -> tuple[End, End]:
         """Open a stream to the current life of the worker at an address: (our end, its end)."""
-        return self.network.connect(self.process, self.peer_at(address).process, name)
+        return self.network.connect(self.process, self.peer_at(address).process, name, is_calm=is_calm)
 
     def connect_peer(self, key: SequenceKey, address: str) -> StreamHost:
         """Open a hand-over stream to a prefill worker."""
@@ -236,15 +245,21 @@ class WorkerNode:
         self._orphans.setdefault(key, self.world.now_s())
 
     def _check_frame(self, job: PrefillTask, frame: SendFrame, envelope: bytes) -> memoryview | None:
-        """Check K4: the planes of a frame are those computed for its tokens. Returns them if they are in a slot."""
+        """Check K4: the planes of a frame are those computed for its tokens. Returns them if they are in a slot.
+
+        Those that take a paired channel are damaged there, not with their header: what is returned then is a copy.
+        """
         key, size = job.key, frame.token_count * CELL_BYTES
         planes = memoryview(envelope)[len(envelope) - size :]
+        header = transfer_of(envelope) if job.sender.order.pair else None
+        if header is not None:
+            planes = memoryview(bytearray(self.paired.sources[job.sender.order.pair].sent.pop(header.transfer)))
         if frame.slot is not None:
             assert job.memory is not None, "a frame in a slot of no ring"
             planes = job.memory.slot(frame.slot)[:size]
         if not self.engine.store.leaves_as_computed(key, frame.token_start, bytes(planes)):
             raise Violation("K4", f"{key}: a frame leaves that is not the KV of its tokens")
-        return planes if frame.slot is not None else None
+        return planes if frame.slot is not None or header is not None else None
 
     # ------------------------------------------------------------------ inside
 
@@ -275,6 +290,7 @@ class WorkerNode:
             if run._pull is not None:
                 cast(SimHost, run._pull._host).check_deadline(run._pull.receiver.next_deadline_s)
         self.blocks.check()
+        self.paired.check()
         self._check_orphans()
 
     def _check_orphans(self) -> None:
@@ -297,6 +313,7 @@ class WorkerNode:
                 raise Violation("K5", f"{self.process}: told {len(watch.told)} blocks, {len(findable)} are findable")
         self.engine.check_findable()
         self.blocks.check_drained()
+        self.paired.check_drained()
         if self.rings.used:
             raise Violation("K1", f"{self.process}: {len(self.rings.used)} rings are not given back")
         if self.jobs or self.service.num_running or self.dispatcher.num_owned:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from support.engines.scripted_pair import Wire, pipes
 
-from twostroke.kv.handover.transports.communicator import Patience
+from twostroke.kv.handover.paired_library import Patience
 from twostroke.kv.handover.transports.paired_end import PairedDestination, PairedSource, PairSettings
 from twostroke.protos import handover_pb2 as pb
 
@@ -77,10 +77,10 @@ async def test_planes_come_in_parts_through_few_slots_and_are_claimed_before_or_
     key = both.destination.open_key(20)
     sent = [both.source.send(key, [bytes([n]) * 300, memoryview(bytes([n + 1]) * n)], 300 + n) for n in range(12)]
     assert sent == list(range(1, 13))
-    for n in (3, 0, 1, 2, *range(4, 12)):
+    for n in range(12):
         assert await both.taken(key, n + 1) == bytes([n]) * 300 + bytes([n + 1]) * n
-    assert both.source._end.quarantined == both.destination._end.quarantined == frozenset()
-    assert sorted(both.source._free) == list(range(SLOTS))
+    assert both.source.transfers.quarantined == both.destination.transfers.quarantined == frozenset()
+    assert sorted(both.source.transfers.usable_slots) == list(range(SLOTS))
 
 
 async def test_two_hand_overs_share_a_channel_and_what_nobody_wants_is_dropped(both):
@@ -93,9 +93,24 @@ async def test_two_hand_overs_share_a_channel_and_what_nobody_wants_is_dropped(b
     for _ in range(20):
         both.source.send(one, [b"c"], 1)
     last = both.source.send(two, [b"d"], 1)
-    assert await both.taken(two, last) == b"d"
     assert await both.taken(two, 2) == b"b"
+    assert await both.taken(two, last) == b"d"
     assert both.destination.is_open
+
+
+async def test_a_header_that_comes_twice_waits_for_nothing(both):
+    await both.opened()
+    key = both.destination.open_key(4)
+    both.wire.holds_from = 1
+    transfer = both.source.send(key, [b"m"], 1)
+    first = asyncio.create_task(both.taken(key, transfer))
+    await asyncio.sleep(0)
+    assert await both.taken(key, transfer) is None
+    await both.until(lambda: both.source.transfers.quarantined and both.destination.transfers.quarantined)
+    both.wire.holds_from = None
+    both.wire.move()
+    assert await first == b"m"
+    assert await both.taken(key, transfer) is None
 
 
 async def test_planes_that_fit_no_slot_take_the_stream(both):
@@ -128,20 +143,22 @@ async def test_an_error_of_the_library_fails_what_is_under_way_and_ends_both(bot
     first, second, third = (both.source.send(key, [b"g"], 1) for _ in range(3))
     assert await both.taken(key, first) == b"g"
     claim = asyncio.create_task(both.taken(key, second))
-    await both.until(lambda: len(both.destination._end.quarantined) == 2)
+    await both.until(lambda: len(both.destination.transfers.quarantined) == 2)
     both.wire.holds_abort = True
     both.wire.ranks[0].fail("a scripted error")
     assert await claim is None
     assert await both.taken(key, third) is None
     assert both.source.send(key, [b"h"], 1) is None
     await both.until(lambda: not both.destination.is_open)
-    assert len(both.source._end.quarantined) == len(both.destination._end.quarantined) == 2, "not before the abort"
+    assert len(both.source.transfers.quarantined) == len(both.destination.transfers.quarantined) == 2, (
+        "not before the abort"
+    )
     assert not any(task.done() for task in both.tasks)
     both.wire.let_go()
     await both.over()
     assert both.source.reason == "a scripted error"
     assert both.destination.reason == "the peer ended it: a scripted error"
-    assert both.source._end.quarantined == both.destination._end.quarantined == frozenset()
+    assert both.source.transfers.quarantined == both.destination.transfers.quarantined == frozenset()
 
 
 async def test_a_peer_that_dies_in_the_middle_of_a_transfer_fails_it(both):
@@ -150,7 +167,7 @@ async def test_a_peer_that_dies_in_the_middle_of_a_transfer_fails_it(both):
     both.wire.holds_from = 1
     transfer = both.source.send(key, [b"i"], 1)
     claim = asyncio.create_task(both.taken(key, transfer))
-    await both.until(lambda: both.destination._end.quarantined)
+    await both.until(lambda: both.destination.transfers.quarantined)
     both.near.close()
     assert await claim is None
     await both.over()
@@ -180,7 +197,7 @@ async def test_what_is_announced_before_the_ranks_have_joined_here_waits():
     await both.until(lambda: both.source.is_open)
     key = both.destination.open_key(9)
     sent = [both.source.send(key, [bytes([n])], 1) for n in range(SLOTS)]
-    await both.until(lambda: len(both.destination._early) == SLOTS)
+    await both.until(lambda: len(both.destination.transfers._early) == SLOTS)
     both.wire.open_late()
     assert [await both.taken(key, transfer) for transfer in sent] == [b"\0", b"\1", b"\2"]
     both.source.stop("the test is over")

@@ -74,7 +74,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/worker/test_worker_handover.py",
     ),
     "kv/handover/frames": ("tests/kv/test_wire.py", "tests/decode_worker/test_pull.py"),
-    "kv/handover/transports/paired_end": ("tests/kv/test_paired_end.py",),
+    "kv/handover/paired_transfers": ("tests/kv/test_paired_end.py", "tests/decode_worker/test_pull.py"),
     "kv/handover/fetching": ("tests/kv/test_fetching.py",),
     "kv/handover/damage": (*_MACHINES, "tests/kv/test_handover_pair.py", "tests/kv/test_wire.py"),
     "kv/handover/sources": ("tests/kv/test_sources.py",),
@@ -183,6 +183,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/": (*_ENGINE, "tests/engine/test_fairness.py", "tests/engine/test_window_lives.py"),
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
+    "decode_worker/paired_peers": ("tests/decode_worker/test_paired_peers.py", "tests/decode_worker/test_pairs.py"),
+    "prefill_worker/paired_peers": ("tests/prefill_worker/test_paired_peers.py",),
     "decode_worker/pairs": ("tests/decode_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "prefill_worker/pairs": ("tests/prefill_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "decode_worker/pull": (

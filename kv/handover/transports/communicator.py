@@ -11,76 +11,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed
 
+from ..paired_library import SOURCE, Aborted, CommunicatorEvent, Completed, Failed, Join, Opened, Patience
 from ..paired_link import Post
 
 Backend = Literal["gloo", "nccl"]
 MakeStore = Callable[[], Any]  # a torch.distributed.Store
-SOURCE, DESTINATION = 0, 1  # ranks
 
 _dist: Any = torch.distributed  # its stubs leave out stores and process groups
 _POLL_S = 0.0005
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Longest waits, in seconds."""
-
-    join_s: float  # for the other rank to join
-    operation_s: float  # from the wait for one operation to its end
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """Both ranks have joined: operations may be posted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The operation of this transfer is over; the library cannot reach its memory any more."""
-
-    id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The communicator is of no use any more; `abort` it."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Aborted:
-    """The library cannot reach any memory any more. The last event."""
-
-
-CommunicatorEvent = Opened | Completed | Failed | Aborted
-
-
-class Communicator(Protocol):
-    """One rank of a two-rank communicator: the library, or a script that fails as libraries do."""
-
-    def post(self, post: Post, memory: torch.Tensor) -> None:
-        """Post the operation of a transfer; its event follows."""
-        ...
-
-    def abort(self) -> None:
-        """End the communicator; `Aborted` follows. Idempotent."""
-        ...
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait until it has ended after `abort`; True if it has."""
-        ...
-
-
-Join = Callable[[int, Patience, Callable[[CommunicatorEvent], None]], Communicator]
-"""Make the communicator of a rank. It joins at once; events come in any thread."""
 Communicate = Callable[[Backend, MakeStore, str], Join]
 """`join_by_torch`, or a test's script."""
 

@@ -41,6 +41,8 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 SERVER_OPTIONS: list[tuple[str, Any]] = [
     *_COMMON_OPTIONS,
     ("grpc.so_reuseport", 0),  # a port in use must be an error; with reuse two servers would share its traffic
+    ("grpc.keepalive_time_ms", 20_000),  # a client that vanished without a word holds no memory for hours
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.server_handshake_timeout_ms", 5_000),

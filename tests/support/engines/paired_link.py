@@ -7,9 +7,10 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
+from twostroke.kv.handover.paired_channel import PairedChannel
+from twostroke.kv.handover.paired_library import Patience
 from twostroke.kv.handover.paired_link import Announce, Deliver, DestinationEnd, Free, Ready, SourceEnd
-from twostroke.kv.handover.transports.communicator import Patience, join_by_torch, make_store
-from twostroke.kv.handover.transports.paired_channel import PairedChannel
+from twostroke.kv.handover.transports.communicator import join_by_torch, make_store
 
 POLL_S = 0.005
 GIVE_UP_S = 60.0

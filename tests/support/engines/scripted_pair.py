@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from twostroke.kv.handover.transports.communicator import (
-    SOURCE,
-    Aborted,
-    Completed,
-    Failed,
-    Opened,
-    TwoRankCommunicator,
-)
+from twostroke.kv.handover.paired_library import SOURCE, Aborted, Completed, Failed, Opened
+from twostroke.kv.handover.transports.communicator import TwoRankCommunicator
 
 
 class Wire:

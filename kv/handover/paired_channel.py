@@ -1,4 +1,4 @@
-"""One end of a two-rank link with its communicator and its memory: carries out the actions of `../paired_link.py`.
+"""One end of a two-rank link with its communicator and its memory: carries out the actions of `paired_link.py`. Pure.
 
 The owner has a control stream for Announce and Ready, calls all methods on one thread, and `turn` regularly.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Sequence
 
-import torch
-
-from ..paired_link import Abort, Announce, Deliver, DestinationEnd, Free, LinkAction, LinkState, Post, Ready, SourceEnd
-from .communicator import (
+from .paired_library import (
     DESTINATION,
     SOURCE,
     Aborted,
@@ -21,7 +18,9 @@ from .communicator import (
     Join,
     Opened,
     Patience,
+    SlotMemory,
 )
+from .paired_link import Abort, Announce, Deliver, DestinationEnd, Free, LinkAction, LinkState, Post, Ready, SourceEnd
 
 Say = Callable[[Announce | Ready], None]
 """Send a message on the control stream. Raises OSError if that is over."""
@@ -30,12 +29,12 @@ Told = Callable[[Deliver | Free], None]
 
 
 class PairedChannel:
-    """The source if `end` is a SourceEnd, else the destination. `memory` uint8 [slots, slot_bytes] is the owner's."""
+    """The source if `end` is a SourceEnd, else the destination. `memory` is the owner's."""
 
     def __init__(
         self,
         end: SourceEnd | DestinationEnd,
-        memory: torch.Tensor,
+        memory: SlotMemory,
         join: Join,
         patience: Patience,
         *,
