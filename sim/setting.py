@@ -124,6 +124,7 @@ class Setting:
     journal: JournalLimits | None = None  # of every worker; None: streams have no buddies
     nonsense: float = 0.0  # probability that a buddy's answer makes no sense
     has_returns: bool = False  # prefill workers fetch what decode workers hold
+    window: int = 0  # tokens that the second of two layers sees; 0: one layer, which sees all
     pairs: PairSetting | None = None  # paired channels; None: planes take the stream or shared memory
 
     @property
@@ -189,6 +190,7 @@ def draw(seed: int) -> Setting:
     setting = _with_a_departure(random.Random(f"departure {seed}"), setting)
     setting = _with_a_journal(random.Random(f"journal {seed}"), setting)
     setting = replace(setting, has_returns=random.Random(f"returns {seed}").random() < 0.35)
+    setting = _with_windows(random.Random(f"windows {seed}"), setting)
     setting = _with_pairs(random.Random(f"pairs {seed}"), setting)
     setting = _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
     setting = _with_older_releases(random.Random(f"older {seed}"), setting)
@@ -283,6 +285,32 @@ def _with_pairs(rng: random.Random, setting: Setting) -> Setting:
         is_required=rng.random() < 0.2,
     )
     return replace(setting, pairs=pairs)
+
+
+def _with_windows(rng: random.Random, setting: Setting) -> Setting:
+    """In a sixth of schedules a layer has a window, and prompts are so long that much of it need not travel."""
+    if rng.random() > 0.16:
+        return setting
+    return windowed(rng, setting)
+
+
+def windowed(rng: random.Random, setting: Setting) -> Setting:
+    """A layer with a window; prompts get one of two beginnings of up to 192 tokens, and pools the room for that."""
+    longest = 192
+    family = [tuple(1 + rng.randrange(VOCABULARY - 1) for _ in range(longest)) for _ in range(2)]
+    orders = tuple(
+        replace(order, prompt_ids=rng.choice(family)[: rng.choice((64, 128, 144, longest))] + order.prompt_ids)
+        for order in setting.orders
+    )
+    workers = tuple(
+        replace(
+            worker,
+            num_blocks=worker.num_blocks + longest // worker.block_tokens * rng.choice((1, 2)),
+            limits=replace(worker.limits, max_batch_tokens=4 * worker.limits.max_batch_tokens, max_waiting_tokens=2000),
+        )
+        for worker in setting.workers
+    )
+    return replace(setting, window=rng.choice((2, 16, 40, 64)), orders=orders, workers=workers)
 
 
 def _with_texts(rng: random.Random, setting: Setting) -> Setting:

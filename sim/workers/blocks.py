@@ -24,7 +24,6 @@ from ...worker.blocks.returns import ReturnOver, Returns, ReturnTask
 from ..invariants import Violation
 from ..network import End
 from .buddies import SimBuddies
-from .cells import SPEC
 from .facts import address_of
 from .handovers import SimFetchHost
 
@@ -48,7 +47,7 @@ class Blocks:
         self._copying: dict[SequenceKey, KeepTask] = {}  # by the copy's name in the engine
         limits = node.setting.journal
         if limits is not None:
-            journal = Journal(limits, SPEC.bytes_per_token, node.worker.block_tokens)
+            journal = Journal(limits, node.spec.bytes_per_token, node.worker.block_tokens)
             address = address_of(node.worker)
             buddies = SimBuddies(node, limits)
             self.journaling = Journaling(journal, buddies, node.world, Counter(), lambda: address)

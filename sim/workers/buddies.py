@@ -13,7 +13,6 @@ from ...engine.sequence import Sequence
 from ...protos import handover_pb2
 from ..invariants import Violation
 from ..world import Timer
-from .cells import SPEC
 
 if TYPE_CHECKING:
     from .node import WorkerNode
@@ -82,7 +81,7 @@ class SimBuddies:
         if self._spent_bytes > self._limits.bytes_per_s * (1 + passed_s):
             raise Violation("Q1", f"{self._node.process} has offered {self._spent_bytes} bytes in {passed_s:.2f} s")
         held = max((max(run.num_prompt, self._kept.get(run.key, 0)) for run in runs), default=num_tokens)
-        self._spent_bytes += max(0, num_tokens - held) * SPEC.bytes_per_token
+        self._spent_bytes += max(0, num_tokens - held) * self._node.spec.bytes_per_token
 
 
 def _is_whole(reply: bytes | None, asked: handover_pb2.KeepRequest) -> bool:

@@ -16,12 +16,23 @@ from ...kv.block import BlockId
 from ...kv.cache.pool import BlockPool
 from ...kv.digest import frame_digests, places
 from ...kv.section import HeldTokens, SectionData
-from ...kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup
+from ...kv.spec import HASH_BLOCK_TOKENS, Component, KvSpec, LayerGroup, WindowedLayers
 from ..invariants import Violation
 
 DIGEST_KEY = 0x5EED
-SPEC = KvSpec((LayerGroup("main", 1, (Component("k", 1, 2, 3),)),))  # one plane of 8 bytes per token
 CELL_BYTES = 8
+
+
+@lru_cache
+def spec_of(window: int) -> KvSpec:
+    """One plane of 8 bytes per token; with a window a second layer that sees so many tokens."""
+    component = Component("k", 1, 2, 3)
+    if not window:
+        return KvSpec((LayerGroup("main", 1, (component,)),))
+    return KvSpec((LayerGroup("main", 2, (component,), WindowedLayers((1,), window)),))
+
+
+SPEC = spec_of(0)
 
 _MASK = (1 << 64) - 1
 _POISON = 0xDEAD

@@ -25,7 +25,7 @@ from ...kv.keys import PromptHasher
 from ..invariants import check_core, check_deadlines, check_promises, check_travelled
 from ..setting import DOMAINS, Setting, WorkerSetting
 from ..world import Process, Timer, World
-from .cells import mix
+from .cells import mix, spec_of
 from .store import EOS, VOCABULARY, DraftModel, DraftSetting, Known, Ledger, Store
 
 IDENTITY_KEY = b"sim"
@@ -60,7 +60,7 @@ class Engine:
     def __init__(self, world: World, process: Process, setting: Setting, worker: WorkerSetting, ledger: Ledger) -> None:
         noise = mix(int.from_bytes(worker.worker_id.encode(), "little"), process.life) if setting.is_noisy else 0
         self.pool = BlockPool(worker.num_blocks, worker.block_tokens)
-        self.prefix = PrefixCache(self.pool)
+        self.prefix = PrefixCache(self.pool, windowed=spec_of(setting.window).main.windowed)
         self.store = Store(
             world,
             self.pool,
@@ -68,6 +68,7 @@ class Engine:
             noise=noise,
             read_damage=setting.read_damage,
             swap_damage=setting.swap_damage,
+            window=setting.window,
         )
         limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
         speculation, drafts = None, None
@@ -147,7 +148,7 @@ class Engine:
         for identity in self.prefix.snapshot():
             block = self.prefix.locate(identity)
             assert block is not None, identity
-            self.store.check_findable(identity, block)
+            self.store.check_findable(identity, block, lacks_windows=self.prefix.lacks_windows(block))
 
     # ------------------------------------------------------------------ the loop
 

@@ -35,7 +35,7 @@ from ..network import End, Network
 from ..setting import Setting, WorkerSetting
 from ..world import Process
 from .blocks import Blocks
-from .cells import CELL_BYTES, DIGEST_KEY, SPEC
+from .cells import CELL_BYTES, DIGEST_KEY, spec_of
 from .dispatcher import SimDispatcher
 from .engine import NUMERICS, Engine
 from .faces import SessionFace, WatchFace
@@ -65,18 +65,19 @@ class WorkerNode:
         world = network.world
         self.world, self.network, self.process = world, network, process
         self.worker, self.setting = worker, setting
+        self.spec = spec_of(setting.window)
         self.engine = Engine(world, process, setting, worker, ledger)
         self.dispatcher = SimDispatcher(self.engine)
         self.engine.tell = self._tell
-        self.facts = face_facts(worker, setting.pairs)
+        self.facts = face_facts(worker, setting)
         self.paired = Paired(self, setting.pairs, self.facts.transport)
         self.session_timing = cast(Any, None)  # SessionFace has its own timers
-        self.rings = ring_pool(network.host, worker)
+        self.rings = ring_pool(network.host, worker, self.spec)
         pull = KvPullTools(
             self.dispatcher,
             cast(Executor, None),
             DIGEST_KEY,
-            SPEC,
+            self.spec,
             setting.timing,
             world,
             Counter(),
@@ -249,7 +250,8 @@ class WorkerNode:
 
         Those that take a paired channel are damaged there, not with their header: what is returned then is a copy.
         """
-        key, size = job.key, frame.token_count * CELL_BYTES
+        is_whole = not job.sender.leaves_out_windows(frame.token_start, frame.token_count)
+        key, size = job.key, frame.token_count * (self.spec.bytes_per_token if is_whole else CELL_BYTES)
         planes = memoryview(envelope)[len(envelope) - size :]
         header = transfer_of(envelope) if job.sender.order.pair else None
         if header is not None:
@@ -257,7 +259,7 @@ class WorkerNode:
         if frame.slot is not None:
             assert job.memory is not None, "a frame in a slot of no ring"
             planes = job.memory.slot(frame.slot)[:size]
-        if not self.engine.store.leaves_as_computed(key, frame.token_start, bytes(planes)):
+        if not self.engine.store.leaves_as_computed(key, frame.token_start, frame.token_count, bytes(planes)):
             raise Violation("K4", f"{key}: a frame leaves that is not the KV of its tokens")
         return planes if frame.slot is not None or header is not None else None
 

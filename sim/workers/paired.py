@@ -18,7 +18,6 @@ from ..invariants import Violation
 from ..library import Library, PairSetting, SimMemory, SimRank
 from ..network import End
 from ..world import Timer
-from .cells import SPEC
 
 if TYPE_CHECKING:
     from .node import WorkerNode
@@ -166,7 +165,7 @@ class SimPairs(PairedChannels):
 
     def __init__(self, node: WorkerNode, setting: PairSetting) -> None:
         worker = node.worker
-        shape = PairShape(worker.frame_slots, slot_bytes(SPEC, worker.frame_tokens * SPEC.bytes_per_token))
+        shape = PairShape(worker.frame_slots, slot_bytes(node.spec, worker.frame_tokens * node.spec.bytes_per_token))
         max_bytes = setting.max_channels * shape.slots * shape.slot_bytes
         super().__init__(
             node.world,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice, product
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ from ...kv.store.host_store import HostStore
 from ...text.tokenizer import Tokenizer
 from ..invariants import Violation
 from ..world import World
-from .cells import CELL_BYTES, CellStore, cells_after, domain_cell, mix
+from .cells import CellStore, cells_after, domain_cell, mix
+from .windows import WindowedCells, windowed_planes
 
 VOCABULARY = 61
 EOS = 0
@@ -103,15 +105,25 @@ class Store:
     """One worker's KV memory and its runner. Implements Store of engine/turn.py; cells.py checks the contents."""
 
     def __init__(
-        self, world: World, pool: BlockPool, ledger: Ledger, *, noise: int, read_damage: float, swap_damage: float
+        self,
+        world: World,
+        pool: BlockPool,
+        ledger: Ledger,
+        *,
+        noise: int,
+        read_damage: float,
+        swap_damage: float,
+        window: int = 0,
     ) -> None:
+        """`window`: tokens that the windowed layer sees; 0: there is none."""
         self._world = world
         self._pool = pool
         self._ledger = ledger
         self._noise = noise  # 0: sampling does not depend on worker and step
         self._read_damage = read_damage
-        self._device = CellStore(pool.block_tokens, pool)
-        self._host = HostStore(self._device, CellStore(pool.block_tokens, damaged=lambda: world.chance(swap_damage)))
+        make = partial(WindowedCells, window) if window else CellStore
+        self._device = make(pool.block_tokens, pool)
+        self._host = HostStore(self._device, make(pool.block_tokens, damaged=lambda: world.chance(swap_damage)))
         self._last_step = 0
         self.known: dict[SequenceKey, Known] = {}
 
@@ -167,7 +179,7 @@ class Store:
         """Read planes with their seals; at rate `read_damage` the returned copy is damaged."""
         held = _held(op, op.token_start, op.token_start + op.token_count)
         self._device.check_owned(held)
-        (section,) = self._device.read_tokens(held)
+        (section,) = self._device.read_tokens(held, without_windows=op.without_windows)
         if isinstance(op, ReadOp) and op.into is not None:
             place = op.into.take(section.payload.shape)
             place[...] = section.payload
@@ -188,16 +200,19 @@ class Store:
         """Copy back into fresh blocks. Returns whether the digests match."""
         return self._host.swap_in(_on_host(op), _held(op, op.token_start, op.token_start + op.token_count))
 
-    def check_findable(self, identity: bytes, block: BlockId) -> None:
+    def check_findable(self, identity: bytes, block: BlockId, *, lacks_windows: bool) -> None:
         """Check K7: a findable block holds what its identity names, as far as an order has said that."""
+        if isinstance(self._device, WindowedCells) and self._device.lacks(block) and not lacks_windows:
+            raise Violation("K7", f"block {block} is found as whole and lacks its windowed layer")
         cells = self._ledger.cells.get(identity)
         if cells is not None and not self._device.has(block, cells):
             raise Violation("K7", f"block {block} is found by an identity and does not hold its tokens")
 
-    def leaves_as_computed(self, key: SequenceKey, token_start: int, planes: bytes) -> bool:
-        """Return whether planes that leave this worker are the cells of their tokens."""
-        cells = self.known[key].cells[token_start : token_start + len(planes) // CELL_BYTES]
-        return np.array(cells, np.uint64).tobytes() == planes
+    def leaves_as_computed(self, key: SequenceKey, token_start: int, count: int, planes: bytes) -> bool:
+        """Return whether planes of one or two layers that leave this worker are those of its tokens."""
+        cells = self.known[key].cells[token_start : token_start + count]
+        full = np.array(cells, np.uint64).tobytes()
+        return planes in (full, full + windowed_planes(cells))
 
 
 class DraftSetting(NamedTuple):
