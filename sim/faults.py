@@ -108,6 +108,8 @@ class Schedule:
                 world.freeze(process, mishap.seconds)
             elif mishap.kind == "cut":
                 self.network.cut(process, other, mishap.seconds)
+            elif mishap.kind == "rank":
+                self.nodes[mishap.who].lose_rank(lambda: self._end(mishap))
             elif mishap.kind == "leave":
                 self.nodes[mishap.who].leave(lambda: self._end(mishap))
             else:

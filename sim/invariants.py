@@ -18,6 +18,7 @@ P1 a plan that travelled as differences is the plan that was made
 R9 one loss is one dispatch           R10 a pair has one numerics class
 R11 a request ends as one that kills workers only if its last one had said that it has it, or was the third one
 R12 a request that kills each worker that computes it kills a few, and nobody else fails by that
+R13 a step counts only if all ranks of a worker did it
 S1 request ids are separate per tenant: another tenant's use of an id has no effect, and is never explained
 """
 

@@ -1,16 +1,30 @@
-"""Planted bugs of wires: paired channels and their quarantine."""
+"""Planted bugs of wires: paired channels and their quarantine, and windows, ranks."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
 
+from ..core.errors import RankLost
 from ..decode_worker.pull import KvPull
+from ..engine import commands, rank_store
+from ..engine.rank_store import SlicedStore
+from ..engine.store_ops import WriteOp
+from ..kv import slices, windows
+from ..kv.cache.prefix import PrefixCache
+from ..kv.handover import fetching
 from ..kv.handover.paired_channel import PairedChannel
 from ..kv.handover.paired_link import Free, LinkAction, LinkState, SourceEnd, _End
 from ..kv.handover.paired_transfers import DestinationTransfers, Took
+from ..kv.handover.shards import Slice
+from ..kv.section import SectionData
+from ..kv.slices import RankSlices
+from ..kv.spec import WindowedLayers
+from ..kv.windows import WINDOW_STEP
 from ..prefill_worker.paired_peers import AcceptedChannels
 from .planting import Planted, instead
-from .planting_wires import pairing
+from .planting_wires import pairing, ranking, ranking_swaps, windowing, windowing_departures
 
 
 def slots_leave_quarantine_at_the_first_error() -> AbstractContextManager[None]:
@@ -85,6 +99,106 @@ def channels_are_counted_for_ever() -> AbstractContextManager[None]:
     return instead(AcceptedChannels, "over", lambda *_: None)
 
 
+# ------------------------------------------------------------------ windows
+
+
+def windows_are_a_step_short() -> AbstractContextManager[None]:
+    """A hand-over leaves out the oldest tokens of a window."""
+    original = windows.first_needed
+
+    def first_needed(windowed: WindowedLayers | None, start: int) -> int:
+        found = original(windowed, start)
+        return found if windowed is None or found + WINDOW_STEP > start else found + WINDOW_STEP
+
+    return instead(windows, "first_needed", first_needed)
+
+
+def blocks_without_windows_pass_for_whole() -> AbstractContextManager[None]:
+    """The engine does not note that KV came without its windowed layers."""
+    return instead(commands, "lacks_windows", lambda *_: False)
+
+
+def matches_ignore_windows() -> AbstractContextManager[None]:
+    """The cache publishes blocks without windowed layers as whole ones."""
+    original = PrefixCache.publish
+
+    def publish(self: PrefixCache, *place: Any, **_: Any) -> Any:
+        return original(self, *place[:4])
+
+    return instead(PrefixCache, "publish", publish)
+
+
+def fetches_end_anywhere() -> AbstractContextManager[None]:
+    """A fetch counts all blocks that came, also where the next token sees layers that were left out."""
+
+    def furthest_start(windowed: Any, num_blocks: int, lacking: Any, step: int = 1) -> int:
+        return num_blocks - num_blocks % step
+
+    return instead(fetching, "furthest_start", furthest_start)
+
+
+# ------------------------------------------------------------------ ranks
+
+
+def lost_ranks_are_forgiven() -> AbstractContextManager[None]:
+    """Work counts that a rank did not do, because it is gone."""
+    original = rank_store.together
+
+    def together(group: Any, work: Any, *ended: Any) -> Any:
+        result = None
+
+        def noted() -> Any:
+            nonlocal result
+            result = work()
+            return result
+
+        try:
+            return original(group, noted, *ended)
+        except RankLost:
+            return result
+
+    return instead(rank_store, "together", together)
+
+
+def one_rank_is_written() -> AbstractContextManager[None]:
+    """Planes of a hand-over are stored at the first rank only."""
+
+    def write(self: SlicedStore, op: WriteOp) -> None:
+        self._mine.write(replace(op, sections=self._slices.taken_apart(op.sections)[0]))
+
+    return instead(SlicedStore, "write", write)
+
+
+def one_rank_is_swapped_in() -> AbstractContextManager[None]:
+    """A preempted sequence comes back at the first rank only."""
+    return instead(SlicedStore, "swap_in", lambda self, op: self._mine.swap_in(op))
+
+
+def damage_at_another_rank_is_ignored() -> AbstractContextManager[None]:
+    """Tokens come back from host memory as sound if they are so at the first rank (or damage is seen nowhere)."""
+    return instead(rank_store, "_DAMAGED", -1)
+
+
+def heads_are_counted_from_the_model_s_first() -> AbstractContextManager[None]:
+    """A rank gets its heads under their numbers in the whole model."""
+    original = slices._cut
+
+    def cut(section: SectionData, piece: Slice, first_head: int) -> SectionData | None:
+        return original(section, piece, 0)
+
+    return instead(slices, "_cut", cut)
+
+
+def ranks_get_each_other_s_heads() -> AbstractContextManager[None]:
+    """Slices go to the ranks in another order than their heads."""
+    original = RankSlices.taken_apart
+
+    def taken_apart(self: RankSlices, sections: Any) -> Any:
+        return original(self, sections)[::-1]
+
+    return instead(RankSlices, "taken_apart", taken_apart)
+
+
 BUGS: tuple[Planted, ...] = (
     Planted(slots_leave_quarantine_at_the_first_error, ("K3",), 100, pairing),
     Planted(channels_are_gone_when_they_fail, ("K3",), 100, pairing),
@@ -94,4 +208,14 @@ BUGS: tuple[Planted, ...] = (
     Planted(keys_outlive_their_hand_overs, ("K1",), 100, pairing),
     Planted(headers_that_come_twice_take_the_claim, ("L1",), 300, pairing),
     Planted(channels_are_counted_for_ever, ("K1",), 100, pairing),
+    Planted(windows_are_a_step_short, ("K4",), 1000, windowing),
+    Planted(blocks_without_windows_pass_for_whole, ("K4", "K7"), 1000, windowing),
+    Planted(matches_ignore_windows, ("K4", "K7"), 1000, windowing),
+    Planted(fetches_end_anywhere, ("K4",), 1000, windowing_departures),
+    Planted(lost_ranks_are_forgiven, ("R11",), 1000, ranking),
+    Planted(one_rank_is_written, ("K4",), 1000, ranking),
+    Planted(one_rank_is_swapped_in, ("K4",), 1000, ranking_swaps),
+    Planted(damage_at_another_rank_is_ignored, ("K4",), 1000, ranking_swaps),
+    Planted(heads_are_counted_from_the_model_s_first, ("K4",), 1000, ranking),
+    Planted(ranks_get_each_other_s_heads, ("K4",), 1000, ranking),
 )

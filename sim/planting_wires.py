@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 from ..kv.handover.paired_library import Patience
 from .library import PairSetting
-from .setting import Setting
+from .planting import departing_decoders, swapping
+from .setting import Mishap, Setting, ranked, windowed
 
 PAIRED_PROMPT = 96  # tokens of each order
 
@@ -41,3 +43,43 @@ def pairing(setting: Setting) -> Setting:
     )
     weather = replace(setting.weather, duplicate=max(setting.weather.duplicate, 0.2))
     return replace(setting, weather=weather, pairs=pairs, workers=workers, orders=orders)
+
+
+def windowing(setting: Setting) -> Setting:
+    """A layer with a window, and prompts of which much need not travel."""
+    return _windowed(setting)
+
+
+def windowing_swaps(setting: Setting) -> Setting:
+    """As `windowing`, with answers that are longer than the pools."""
+    setting = swapping(setting)
+    begin = _windowed(setting)
+    room = max(len(order.prompt_ids) + order.sampling.max_tokens for order in begin.orders)
+    workers = tuple(replace(worker, num_blocks=-(-room // worker.block_tokens) + 1) for worker in begin.workers)
+    return replace(begin, workers=workers, swap_damage=0.0)
+
+
+def windowing_departures(setting: Setting) -> Setting:
+    """As `windowing`: a decode worker drains, and another one fetches what it had."""
+    return _windowed(departing_decoders(setting))
+
+
+def _windowed(setting: Setting) -> Setting:
+    return windowed(random.Random(repr(setting.orders)), setting)
+
+
+def ranking(setting: Setting) -> Setting:
+    """Workers of unlike numbers of ranks; ranks of each are lost while requests run."""
+    setting = ranked(random.Random(repr(setting.orders)), replace(setting, window=0))
+    if setting.is_bearable:
+        return setting
+    groups = [worker.worker_id for worker in setting.workers if worker.num_ranks > 1]
+    at_s = min(order.at_s for order in setting.orders) + 0.1
+    losses = tuple(Mishap(at_s + 0.1 * place, "rank", name, name, 0.5) for place, name in enumerate(groups))
+    return replace(setting, mishaps=(*setting.mishaps, *losses))
+
+
+def ranking_swaps(setting: Setting) -> Setting:
+    """As `ranking` without losses, with answers that are longer than the pools; copies in host memory are damaged."""
+    setting = swapping(setting)
+    return replace(ranked(random.Random(repr(setting.orders)), replace(setting, window=0)), mishaps=())

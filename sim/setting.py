@@ -43,6 +43,7 @@ class WorkerSetting:
     numerics: bytes = b"numerics"  # the announced numerics class
     num_swap_blocks: int = 0  # host blocks for preempted sequences
     check_s: float = 0.0  # duration of verifying digests off the loop; 0: on the loop, at once
+    num_ranks: int = 1
     num_rings: int = 0  # most rings of shared memory for hand-overs to it
     confirms: bool = True  # it says that it takes the order of a suspect; False: it is of an older release
 
@@ -84,7 +85,7 @@ class Mishap:
     """Fault of a process, or of the connection between two."""
 
     at_s: float
-    kind: str  # "crash", "freeze", "cut", "leave"
+    kind: str  # "crash", "freeze", "cut", "leave", "rank"
     who: str
     other: str
     seconds: float  # until the restart, or duration of the freeze or the cut; after its drain, for "leave"
@@ -125,6 +126,7 @@ class Setting:
     nonsense: float = 0.0  # probability that a buddy's answer makes no sense
     has_returns: bool = False  # prefill workers fetch what decode workers hold
     window: int = 0  # tokens that the second of two layers sees; 0: one layer, which sees all
+    heads: int = 1  # split over a worker's ranks
     pairs: PairSetting | None = None  # paired channels; None: planes take the stream or shared memory
 
     @property
@@ -191,6 +193,7 @@ def draw(seed: int) -> Setting:
     setting = _with_a_journal(random.Random(f"journal {seed}"), setting)
     setting = replace(setting, has_returns=random.Random(f"returns {seed}").random() < 0.35)
     setting = _with_windows(random.Random(f"windows {seed}"), setting)
+    setting = _with_ranks(random.Random(f"ranks {seed}"), setting)
     setting = _with_pairs(random.Random(f"pairs {seed}"), setting)
     setting = _with_texts(random.Random(f"texts {seed}"), _with_a_loss(random.Random(f"loss {seed}"), setting))
     setting = _with_older_releases(random.Random(f"older {seed}"), setting)
@@ -311,6 +314,25 @@ def windowed(rng: random.Random, setting: Setting) -> Setting:
         for worker in setting.workers
     )
     return replace(setting, window=rng.choice((2, 16, 40, 64)), orders=orders, workers=workers)
+
+
+def _with_ranks(rng: random.Random, setting: Setting) -> Setting:
+    """In a sixth of schedules workers have unlike numbers of ranks; sometimes one dies or stands still."""
+    if rng.random() > 0.16 or setting.window:
+        return setting
+    return ranked(rng, setting)
+
+
+def ranked(rng: random.Random, setting: Setting) -> Setting:
+    """Workers of 1, 2 or 4 ranks; where workers fail, a rank of one is lost."""
+    heads = rng.choice((2, 4))
+    workers = tuple(replace(worker, num_ranks=rng.choice((1, 2, 4))) for worker in setting.workers)
+    groups = [worker.worker_id for worker in workers if worker.num_ranks > 1]
+    mishaps = setting.mishaps
+    if groups and not setting.is_bearable and rng.random() < 0.5:
+        who = rng.choice(groups)
+        mishaps += (Mishap(rng.random(), "rank", who, who, rng.choice((0.3, 1.0))),)
+    return replace(setting, heads=heads, workers=workers, mishaps=mishaps)
 
 
 def _with_texts(rng: random.Random, setting: Setting) -> Setting:

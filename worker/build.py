@@ -12,6 +12,7 @@ from ..core.clock import Clock
 from ..core.errors import ConfigError, RankLost
 from ..engine.link.thread_link import ThreadLink
 from ..engine.loop import Engine
+from ..engine.rank_store import SlicedStore
 from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.slices import RankSlices
 from ..model.loader import RunnerOptions, load_runner
@@ -29,7 +30,7 @@ from .built import BuiltEngine, Loaded, adapter_reader, assembled, host_store, m
 from .codec.guard import refuse_guard
 from .machine import cores, cores_of_rank, machine_facts, pin_thread
 from .rank_order import RankOrder
-from .rank_work import Leader, SlicedStore
+from .rank_work import Leader
 from .ranks import Ranks
 from .settings import WorkerSettings
 from .speculation import load_guessing, refuse_ranks, resolved_draft

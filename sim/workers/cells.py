@@ -24,9 +24,9 @@ CELL_BYTES = 8
 
 
 @lru_cache
-def spec_of(window: int) -> KvSpec:
-    """One plane of 8 bytes per token; with a window a second layer that sees so many tokens."""
-    component = Component("k", 1, 2, 3)
+def spec_of(window: int, heads: int = 1) -> KvSpec:
+    """Planes of 8 bytes per token and head; with a window a second layer that sees so many tokens."""
+    component = Component("k", heads, 2, 3)
     if not window:
         return KvSpec((LayerGroup("main", 1, (component,)),))
     return KvSpec((LayerGroup("main", 2, (component,), WindowedLayers((1,), window)),))

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ...core.errors import InternalError, TwostrokeError
+from ...core.errors import InternalError, RankLost, TwostrokeError
 from ...core.request import CacheScope, SamplingParams, SequenceKey
+from ...engine import rank_store
 from ...engine.core import CoreLimits, EngineCore
 from ...engine.link.messages import AdapterCommand, Command, Ended, Event, LoadNews, Offered, Promised, Submit
 from ...engine.link.plan_stream import PlanReceiver, PlanSender
@@ -22,7 +23,7 @@ from ...engine.turn import Turn
 from ...kv.cache.pool import BlockPool
 from ...kv.cache.prefix import PrefixCache
 from ...kv.keys import PromptHasher
-from ..invariants import check_core, check_deadlines, check_promises, check_travelled
+from ..invariants import Violation, check_core, check_deadlines, check_promises, check_travelled
 from ..setting import DOMAINS, Setting, WorkerSetting
 from ..world import Process, Timer, World
 from .cells import mix, spec_of
@@ -69,6 +70,8 @@ class Engine:
             read_damage=setting.read_damage,
             swap_damage=setting.swap_damage,
             window=setting.window,
+            heads=setting.heads,
+            num_ranks=worker.num_ranks,
         )
         limits = CoreLimits(num_swap_blocks=worker.num_swap_blocks)
         speculation, drafts = None, None
@@ -91,6 +94,7 @@ class Engine:
         )
         draft = None if drafts is None else drafts.draft
         self._turns = Turn(self.core, self.store, self._emit, self._refused, draft)
+        self.group_lost: Callable[[str], None] = lambda _: None  # called when a rank is lost: all of them end
         self.tell: Callable[[Sequence[Event]], None] = lambda _: None
         self.dies_of: Callable[[StepPlan], bool] = lambda _: False  # True: the process is dead now
         self._world = world
@@ -159,6 +163,12 @@ class Engine:
     def _turn(self) -> None:
         """Run one turn of the loop: take the commands, then plan a step and let its time pass."""
         self._turn_due = None
+        try:
+            self._take_turn()
+        except RankLost as lost:
+            self.group_lost(str(lost))
+
+    def _take_turn(self) -> None:
         self.num_turns += 1
         if self._plan is not None:
             if self._worker.is_overlapping:
@@ -190,6 +200,12 @@ class Engine:
             self._ledger.named(submit.identities, known.cells)
 
     def _finish_step(self) -> None:
+        try:
+            self._finish()
+        except RankLost as lost:
+            self.group_lost(str(lost))
+
+    def _finish(self) -> None:
         plan, self._plan = self._plan, None
         assert plan is not None
         if self.dies_of(plan):
@@ -200,7 +216,12 @@ class Engine:
             self._world.note(self._process, f"step {plan.step} fails")
             self._turns.fail(plan, InternalError.code, "the step failed")
         else:
-            result = self.store.run(self._travelled(plan))
+            travelled, ranks = self._travelled(plan), self.store.ranks
+            result = (
+                rank_store.together(ranks, lambda: self.store.run(travelled)) if ranks else self.store.run(travelled)
+            )
+            if ranks is not None and ranks.lost is not None:
+                raise Violation("R11", f"{self._process}: a step counts that rank {ranks.lost} did not do")
             self._world.note(self._process, f"step {plan.step}: {_described(plan, result)}")
             self._turns.apply(plan, result, now_s)
         self._turn()
@@ -238,6 +259,8 @@ class Engine:
 
     def _refused(self, op: StoreOp, error: Exception | None) -> None:
         """Record a failed operation. Damage is part of the schedule; any other error of the store is a finding."""
+        if isinstance(error, RankLost):
+            raise error
         if error is not None and not isinstance(error, TwostrokeError):
             raise error
         self._world.note(self._process, f"{type(op).__name__} {op.token_start}+{op.token_count}: {error or 'damaged'}")

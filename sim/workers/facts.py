@@ -59,7 +59,7 @@ def ring_pool(host: Host, worker: WorkerSetting, spec: KvSpec) -> RingPool:
 
 def face_facts(worker: WorkerSetting, setting: Setting) -> FaceFacts:
     """Facts that a worker's face has of its engine."""
-    transport, pairs, spec = TransportPolicy(), setting.pairs, spec_of(setting.window)
+    transport, pairs, spec = TransportPolicy(), setting.pairs, spec_of(setting.window, setting.heads)
     if pairs is not None and worker.role is not Role.PREFILL:
         transport = TransportPolicy(GLOO, pairs.is_required)
     return FaceFacts(
@@ -74,4 +74,5 @@ def face_facts(worker: WorkerSetting, setting: Setting) -> FaceFacts:
         max_num_seqs=worker.limits.max_num_seqs,
         max_batch_tokens=worker.limits.max_batch_tokens,
         transport=transport,
+        num_ranks=worker.num_ranks,
     )

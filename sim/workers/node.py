@@ -48,6 +48,7 @@ from .store import TOKENIZER, Ledger
 if TYPE_CHECKING:
     from ..router import RouterNode
 
+WATCH_S = 0.9  # longest time until an idle group misses a rank
 LOOK_S = 0.02  # how often a leaving worker looks whether it may go
 
 
@@ -65,7 +66,7 @@ class WorkerNode:
         world = network.world
         self.world, self.network, self.process = world, network, process
         self.worker, self.setting = worker, setting
-        self.spec = spec_of(setting.window)
+        self.spec = spec_of(setting.window, setting.heads)
         self.engine = Engine(world, process, setting, worker, ledger)
         self.dispatcher = SimDispatcher(self.engine)
         self.engine.tell = self._tell
@@ -183,6 +184,21 @@ class WorkerNode:
         if source.process.is_alive:
             far.on_message = lambda request: source.blocks.accept_fetch(far, request)
         return SimFetchHost(self._place, near, f"{key.request_id}#{key.choice} fetch")
+
+    def lose_rank(self, gone: Callable[[], None]) -> None:
+        """The last rank dies or stands still: the next step fails, or the watch sees it; then `gone`."""
+        ranks, life = self.engine.store.ranks, self.process.life
+        if ranks is None or ranks.lost is not None:
+            return
+        ranks.lost = ranks.size - 1
+
+        def over(_: str = "") -> None:
+            if self.process.is_alive and self.process.life == life:
+                self.world.note(self.process, "a rank is lost: all ranks end")
+                gone()
+
+        self.engine.group_lost = over
+        self.world.after(WATCH_S, self.process, over)
 
     def leave(self, gone: Callable[[], None]) -> None:
         """Drain as a process that is told to stop: hand back what runs, let others fetch it, then call `gone`."""

@@ -32,7 +32,8 @@ from ...kv.store.host_store import HostStore
 from ...text.tokenizer import Tokenizer
 from ..invariants import Violation
 from ..world import World
-from .cells import CellStore, cells_after, domain_cell, mix
+from .cells import CellStore, cells_after, domain_cell, mix, spec_of
+from .ranks import HeadCells, SimRanks, make_ranks, planes_of_heads
 from .windows import WindowedCells, windowed_planes
 
 VOCABULARY = 61
@@ -114,16 +115,28 @@ class Store:
         read_damage: float,
         swap_damage: float,
         window: int = 0,
+        heads: int = 1,
+        num_ranks: int = 1,
     ) -> None:
-        """`window`: tokens that the windowed layer sees; 0: there is none."""
+        """`window`: tokens that the windowed layer sees; 0: there is none. `heads`: split over the ranks."""
         self._world = world
         self._pool = pool
         self._ledger = ledger
         self._noise = noise  # 0: sampling does not depend on worker and step
         self._read_damage = read_damage
-        make = partial(WindowedCells, window) if window else CellStore
-        self._device = make(pool.block_tokens, pool)
-        self._host = HostStore(self._device, make(pool.block_tokens, damaged=lambda: world.chance(swap_damage)))
+        self._heads = heads
+        host_faults = {"damaged": lambda: world.chance(swap_damage)}
+        self.ranks: SimRanks | None = None  # of a worker with several heads
+        if heads > 1:
+            makers = partial(HeadCells, pool.block_tokens, pool), partial(HeadCells, pool.block_tokens, **host_faults)
+            self.ranks = SimRanks(make_ranks(*makers, spec_of(0, heads), num_ranks), spec_of(0, heads))
+            self._devices: tuple[CellStore, ...] = tuple(rank.device for rank in self.ranks.stores)
+            self._device = self._devices[0]
+        else:
+            make = partial(WindowedCells, window) if window else CellStore
+            self._device = make(pool.block_tokens, pool)
+            self._devices = (self._device,)
+            self._host = HostStore(self._device, make(pool.block_tokens, **host_faults))
         self._last_step = 0
         self.known: dict[SequenceKey, Known] = {}
 
@@ -134,11 +147,13 @@ class Store:
         rows = []
         for step in plan.sequences:
             known = self.known[step.key]
-            self._device.check_prefix(_held(step, 0, step.start), known.cells)
+            for device in self._devices:
+                device.check_prefix(_held(step, 0, step.start), known.cells)
             known.take(step.start, step.token_ids)
             drafts = cells_after(known.cells[step.end - 1], step.draft_ids)
             cells = [*known.cells[step.start : step.end], *drafts]
-            self._device.write(_held(step, step.start, step.start + step.num_tokens), cells)
+            for device in self._devices:
+                device.write(_held(step, step.start, step.start + step.num_tokens), cells)
             tokens: list[int] = []
             for row, cell in enumerate([known.cells[step.end - 1], *drafts] if step.samples else ()):
                 if row and tokens[-1] != step.draft_ids[row - 1]:
@@ -171,15 +186,19 @@ class Store:
         start = step.start - step.start % HASH_BLOCK_TOKENS
         end = end if step.seals_tail else end - end % HASH_BLOCK_TOKENS
         if end > start:
-            self._device.seal(_held(step, start, end))
+            for device in self._devices:
+                device.seal(_held(step, start, end))
 
     # ------------------------------------------------------------------ the core's operations
 
     def read(self, op: ReadOp | FetchOp) -> tuple[SectionData, ...]:
         """Read planes with their seals; at rate `read_damage` the returned copy is damaged."""
-        held = _held(op, op.token_start, op.token_start + op.token_count)
-        self._device.check_owned(held)
-        (section,) = self._device.read_tokens(held, without_windows=op.without_windows)
+        if self.ranks is not None:
+            (section,) = self.ranks.store.read(replace(op, into=None) if isinstance(op, ReadOp) else op)
+        else:
+            held = _held(op, op.token_start, op.token_start + op.token_count)
+            self._device.check_owned(held)
+            (section,) = self._device.read_tokens(held, without_windows=op.without_windows)
         if isinstance(op, ReadOp) and op.into is not None:
             place = op.into.take(section.payload.shape)
             place[...] = section.payload
@@ -190,14 +209,22 @@ class Store:
 
     def write(self, op: WriteOp) -> None:
         """Store planes of a hand-over under the digests that came with them."""
+        if self.ranks is not None:
+            self.ranks.store.write(op)
+            return
         self._device.write_tokens(_held(op, op.token_start, op.token_start + op.token_count), op.sections)
 
     def swap_out(self, op: SwapOutOp) -> None:
         """Copy to host memory, before the blocks' next owner writes. At rate `swap_damage` the copy is damaged."""
+        if self.ranks is not None:
+            self.ranks.store.swap_out(op)
+            return
         self._host.swap_out(_held(op, op.token_start, op.token_start + op.token_count), _on_host(op))
 
     def swap_in(self, op: SwapInOp) -> bool:
         """Copy back into fresh blocks. Returns whether the digests match."""
+        if self.ranks is not None:
+            return self.ranks.store.swap_in(op)
         return self._host.swap_in(_on_host(op), _held(op, op.token_start, op.token_start + op.token_count))
 
     def check_findable(self, identity: bytes, block: BlockId, *, lacks_windows: bool) -> None:
@@ -211,6 +238,8 @@ class Store:
     def leaves_as_computed(self, key: SequenceKey, token_start: int, count: int, planes: bytes) -> bool:
         """Return whether planes of one or two layers that leave this worker are those of its tokens."""
         cells = self.known[key].cells[token_start : token_start + count]
+        if self.ranks is not None:
+            return planes == planes_of_heads(cells, range(self._heads)).tobytes()
         full = np.array(cells, np.uint64).tobytes()
         return planes in (full, full + windowed_planes(cells))
 

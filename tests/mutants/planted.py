@@ -164,6 +164,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "engine/link/steady": ("tests/engine/test_plan_stream.py",),
     "engine/link/rank_link": ("tests/engine/test_rank_link.py",),
     "worker/rank_work": ("tests/worker/test_rank_work.py",),
+    "engine/rank_store": ("tests/worker/test_rank_work.py",),
     "engine/link/client": ("tests/engine/test_client.py", "tests/engine/test_thread_link.py"),
     "engine/loop": ("tests/engine/test_engine.py", "tests/model/test_codec_guard.py"),
     "engine/turn": ("tests/engine/test_turn.py", *_ENGINE, "tests/engine/test_swap.py"),

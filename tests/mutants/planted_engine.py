@@ -261,8 +261,8 @@ _PLANS = [
     Mutant(
         "engine/link/rank_link.py", "body, self._unread = whole[:size], whole[size:]", 'body, self._unread = whole, b""'
     ),
-    Mutant("worker/rank_work.py", "        _tell_failure(group)\n        raise", "        raise"),
-    Mutant("worker/rank_work.py", "    if _DAMAGED in found:\n", "    if False:\n"),
+    Mutant("engine/rank_store.py", "        _tell_failure(group)\n        raise", "        raise"),
+    Mutant("engine/rank_store.py", "    if _DAMAGED in found:\n", "    if False:\n"),
     Mutant(
         "worker/rank_work.py",
         "            history = history._replace(output_ids=(*history.output_ids, first))\n",

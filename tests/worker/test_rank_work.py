@@ -16,6 +16,7 @@ from twostroke.core.request import SamplingParams, SequenceKey
 from twostroke.engine.link.rank_link import LinkEnded, RankReceiver, RankSender
 from twostroke.engine.loop import EngineStore
 from twostroke.engine.plan import History, SampledPlace, SequenceStep, StepPlan, StepResult
+from twostroke.engine.rank_store import SlicedStore
 from twostroke.engine.store_ops import ReadOp, SwapInOp, SwapOutOp, WriteOp
 from twostroke.kernels.cpu.build import NativeUnavailable, built_library
 from twostroke.kernels.reference import store_kv
@@ -26,7 +27,7 @@ from twostroke.kv.spec import KvSpec, attention_spec, mla_spec
 from twostroke.kv.store.host_store import HostStore
 from twostroke.kv.store.store import KvStore
 from twostroke.model.parallel.shared_group import SharedMemoryGroup, shared_region
-from twostroke.worker.rank_work import Leader, SlicedStore, follow
+from twostroke.worker.rank_work import Leader, follow
 
 KEY, BLOCKS, TOKENS = 0xC0FFEE, 12, 59
 TABLE, USES = tuple(map(BlockId, (7, 2, 9, 4))), (3, 3, 1, 8)
