@@ -128,7 +128,7 @@ def sharing(setting: Setting) -> Setting:
         replace(worker, num_rings=8, frame_tokens=16, frame_slots=2, link_s=0.005, check_s=0.001)
         for worker in setting.workers
     )
-    return replace(setting, is_one_host=True, workers=workers)
+    return replace(setting, is_one_host=True, workers=workers, pairs=None)
 
 
 def freezing(setting: Setting) -> Setting:

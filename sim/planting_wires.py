@@ -50,15 +50,6 @@ def windowing(setting: Setting) -> Setting:
     return _windowed(setting)
 
 
-def windowing_swaps(setting: Setting) -> Setting:
-    """As `windowing`, with answers that are longer than the pools."""
-    setting = swapping(setting)
-    begin = _windowed(setting)
-    room = max(len(order.prompt_ids) + order.sampling.max_tokens for order in begin.orders)
-    workers = tuple(replace(worker, num_blocks=-(-room // worker.block_tokens) + 1) for worker in begin.workers)
-    return replace(begin, workers=workers, swap_damage=0.0)
-
-
 def windowing_departures(setting: Setting) -> Setting:
     """As `windowing`: a decode worker drains, and another one fetches what it had."""
     return _windowed(departing_decoders(setting))

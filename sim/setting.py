@@ -308,12 +308,13 @@ def windowed(rng: random.Random, setting: Setting) -> Setting:
     workers = tuple(
         replace(
             worker,
+            num_ranks=1,
             num_blocks=worker.num_blocks + longest // worker.block_tokens * rng.choice((1, 2)),
             limits=replace(worker.limits, max_batch_tokens=4 * worker.limits.max_batch_tokens, max_waiting_tokens=2000),
         )
         for worker in setting.workers
     )
-    return replace(setting, window=rng.choice((2, 16, 40, 64)), orders=orders, workers=workers)
+    return replace(setting, window=rng.choice((2, 16, 40, 64)), heads=1, orders=orders, workers=workers)
 
 
 def _with_ranks(rng: random.Random, setting: Setting) -> Setting:
@@ -332,7 +333,7 @@ def ranked(rng: random.Random, setting: Setting) -> Setting:
     if groups and not setting.is_bearable and rng.random() < 0.5:
         who = rng.choice(groups)
         mishaps += (Mishap(rng.random(), "rank", who, who, rng.choice((0.3, 1.0))),)
-    return replace(setting, heads=heads, workers=workers, mishaps=mishaps)
+    return replace(setting, window=0, heads=heads, workers=workers, mishaps=mishaps)
 
 
 def _with_texts(rng: random.Random, setting: Setting) -> Setting:

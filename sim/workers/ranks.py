@@ -148,7 +148,10 @@ class SimRanks:
         """Implements `Agreement.agree`."""
         if self.lost is not None:
             raise RankLost(f"rank {self.lost} is gone")
-        return [mine, *(follower.said[-1] if follower.said else mine for follower in self._followers)]
+        found = [mine, *(follower.said[-1] if follower.said else mine for follower in self._followers)]
+        for follower in self._followers:
+            follower.said.clear()
+        return found
 
     def gather_bytes(self, mine: Any) -> Sequence[Any]:
         """Implements `RankGroup.gather_bytes`."""

@@ -29,8 +29,16 @@ def test_250_schedules_hold_every_invariant():
     assert campaign.ends["finished"] > 250
     for end in ("cancelled", "deadline_exceeded", "worker_lost", "router lost", "poison_request", "overloaded"):
         assert campaign.ends[end], end
-    for counter in ("submitted", "ended_length", "ended_cancelled", "ended_deadline_exceeded", "ended_internal_error"):
+    for counter in (
+        "submitted",
+        "ended_length",
+        "ended_cancelled",
+        "ended_deadline_exceeded",
+        "ended_internal_error",
+        "transfers_moved",
+    ):
         assert happened[counter], (counter, happened)
+    assert happened["transfers_moved"] > 20, "paired channels carry planes in a quarter of schedules"
 
 
 @pytest.mark.timeout(600)
