@@ -125,10 +125,13 @@ class Store:
         self._noise = noise  # 0: sampling does not depend on worker and step
         self._read_damage = read_damage
         self._heads = heads
-        host_faults = {"damaged": lambda: world.chance(swap_damage)}
+
+        def damaged() -> bool:
+            return world.chance(swap_damage)
+
         self.ranks: SimRanks | None = None  # of a worker with several heads
         if heads > 1:
-            makers = partial(HeadCells, pool.block_tokens, pool), partial(HeadCells, pool.block_tokens, **host_faults)
+            makers = partial(HeadCells, pool.block_tokens, pool), partial(HeadCells, pool.block_tokens, damaged=damaged)
             self.ranks = SimRanks(make_ranks(*makers, spec_of(0, heads), num_ranks), spec_of(0, heads))
             self._devices: tuple[CellStore, ...] = tuple(rank.device for rank in self.ranks.stores)
             self._device = self._devices[0]
@@ -136,7 +139,7 @@ class Store:
             make = partial(WindowedCells, window) if window else CellStore
             self._device = make(pool.block_tokens, pool)
             self._devices = (self._device,)
-            self._host = HostStore(self._device, make(pool.block_tokens, **host_faults))
+            self._host = HostStore(self._device, make(pool.block_tokens, damaged=damaged))
         self._last_step = 0
         self.known: dict[SequenceKey, Known] = {}
 
