@@ -221,7 +221,7 @@ class Engine:
                 rank_store.together(ranks, lambda: self.store.run(travelled)) if ranks else self.store.run(travelled)
             )
             if ranks is not None and ranks.lost is not None:
-                raise Violation("R11", f"{self._process}: a step counts that rank {ranks.lost} did not do")
+                raise Violation("R13", f"{self._process}: a step counts that rank {ranks.lost} did not do")
             self._world.note(self._process, f"step {plan.step}: {_described(plan, result)}")
             self._turns.apply(plan, result, now_s)
         self._turn()

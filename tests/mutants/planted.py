@@ -185,7 +185,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decode_worker/choice": ("tests/decode_worker/test_choice.py",),
     "decode_worker/outbox": ("tests/decode_worker/test_outbox.py",),
     "decode_worker/paired_peers": ("tests/decode_worker/test_paired_peers.py", "tests/decode_worker/test_pairs.py"),
-    "prefill_worker/paired_peers": ("tests/prefill_worker/test_paired_peers.py",),
+    "prefill_worker/paired_peers": ("tests/prefill_worker/test_paired_peers.py", "tests/prefill_worker/test_pairs.py"),
     "decode_worker/pairs": ("tests/decode_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "prefill_worker/pairs": ("tests/prefill_worker/test_pairs.py", "tests/worker/test_paired_workers.py"),
     "decode_worker/pull": (

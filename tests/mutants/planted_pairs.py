@@ -39,11 +39,6 @@ MUTANTS = [
     Mutant("decode_worker/paired_peers.py", "            self._begin(peer)\n", "            pass\n"),
     Mutant("decode_worker/paired_peers.py", "        self._known(self._peers[peer])\n", "        pass\n"),
     Mutant("prefill_worker/paired_peers.py", "        if not self._policy.may_pair:\n", "        if False:\n"),
-    Mutant(
-        "prefill_worker/paired_peers.py",
-        "        del self._ends[hello.number], self._sizes[hello.number]\n",
-        "        del self._ends[hello.number]\n",
-    ),
     Mutant("prefill_worker/service.py", "            sender.pair()\n", "            pass\n"),
     Mutant("decode_worker/pull.py", "            self._pair.close_key(self._pair_key)\n", "            pass\n"),
     Mutant(

@@ -6,10 +6,11 @@ from collections import Counter
 import pytest
 from support.engines.scripted_pair import Pipe, Wire, pipes
 
+from twostroke.kv.handover.paired_library import Patience
+from twostroke.kv.handover.paired_transfers import MAX_SLOT_BYTES, MAX_SLOTS
 from twostroke.kv.handover.plane_channel import TransportPolicy
-from twostroke.kv.handover.transports.communicator import Patience
 from twostroke.kv.handover.transports.paired_end import PairedSource, PairSettings
-from twostroke.prefill_worker.pairs import MAX_SLOT_BYTES, MAX_SLOTS, PairService
+from twostroke.prefill_worker.pairs import PairService
 from twostroke.protos import handover_pb2 as pb
 
 SLOTS, SLOT_BYTES, WAIT_S = 2, 1000, 20.0
