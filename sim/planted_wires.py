@@ -13,7 +13,6 @@ from ..engine.rank_store import SlicedStore
 from ..engine.store_ops import WriteOp
 from ..kv import slices, windows
 from ..kv.cache.prefix import PrefixCache
-from ..kv.handover import fetching
 from ..kv.handover.paired_channel import PairedChannel
 from ..kv.handover.paired_link import Free, LinkAction, LinkState, SourceEnd, _End
 from ..kv.handover.paired_transfers import DestinationTransfers, Took
@@ -24,7 +23,7 @@ from ..kv.spec import WindowedLayers
 from ..kv.windows import WINDOW_STEP
 from ..prefill_worker.paired_peers import AcceptedChannels
 from .planting import Planted, instead
-from .planting_wires import pairing, ranking, ranking_swaps, windowing, windowing_departures
+from .planting_wires import pairing, ranking, ranking_swaps, windowing
 
 
 def slots_leave_quarantine_at_the_first_error() -> AbstractContextManager[None]:
@@ -128,15 +127,6 @@ def matches_ignore_windows() -> AbstractContextManager[None]:
     return instead(PrefixCache, "publish", publish)
 
 
-def fetches_end_anywhere() -> AbstractContextManager[None]:
-    """A fetch counts all blocks that came, also where the next token sees layers that were left out."""
-
-    def furthest_start(windowed: Any, num_blocks: int, lacking: Any, step: int = 1) -> int:
-        return num_blocks - num_blocks % step
-
-    return instead(fetching, "furthest_start", furthest_start)
-
-
 # ------------------------------------------------------------------ ranks
 
 
@@ -206,7 +196,6 @@ BUGS: tuple[Planted, ...] = (
     Planted(windows_are_a_step_short, ("K4",), 200, windowing),
     Planted(blocks_without_windows_pass_for_whole, ("K4", "K7"), 100, windowing),
     Planted(matches_ignore_windows, ("K4", "K7"), 100, windowing),
-    Planted(fetches_end_anywhere, ("K4",), 100, windowing_departures),
     Planted(lost_ranks_are_forgiven, ("R13",), 100, ranking),
     Planted(one_rank_is_written, ("K4",), 100, ranking),
     Planted(one_rank_is_swapped_in, ("K4",), 100, ranking_swaps),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..kv.handover.paired_library import Patience
 from .library import PairSetting
-from .planting import departing_decoders, swapping
+from .planting import swapping
 from .setting import Mishap, Setting, ranked, windowed
 
 PAIRED_PROMPT = 96  # tokens of each order
@@ -48,11 +48,6 @@ def pairing(setting: Setting) -> Setting:
 def windowing(setting: Setting) -> Setting:
     """A layer with a window, and prompts of which much need not travel."""
     return _windowed(setting)
-
-
-def windowing_departures(setting: Setting) -> Setting:
-    """As `windowing`: a decode worker drains, and another one fetches what it had."""
-    return _windowed(departing_decoders(setting))
 
 
 def _windowed(setting: Setting) -> Setting:
