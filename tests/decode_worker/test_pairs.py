@@ -7,7 +7,8 @@ import pytest
 from support.engines.scripted_pair import Pipe, pipes
 
 from twostroke.decode_worker import pairs as made_pairs
-from twostroke.decode_worker.pairs import RETRY_S, TOO_MANY, Pairs, PairShape
+from twostroke.decode_worker.paired_peers import RETRY_S, TOO_MANY, PairShape
+from twostroke.decode_worker.pairs import Pairs
 from twostroke.protos import handover_pb2 as pb
 
 WAIT_S = 60.0
