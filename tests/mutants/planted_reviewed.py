@@ -8,7 +8,7 @@ _WINDOWS = "kv/windows.py"
 _SENDER, _RECEIVER = "kv/handover/sender.py", "kv/handover/receiver.py"
 _FETCHING = "kv/handover/fetching.py"
 _ACCEPTED, _MADE = "prefill_worker/paired_peers.py", "decode_worker/paired_peers.py"
-_SERVED = "decode_worker/pairs.py"
+_MAKES = "decode_worker/pairs.py"
 _PULL = "decode_worker/pull.py"
 _HOLDINGS = "engine/speculation/draft_model/holdings.py"
 _PLANNER = "engine/speculation/draft_model/planner.py"
@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(_ACCEPTED, "        self._sizes[hello.number] = hello.slots * hello.slot_bytes\n", ""),
     Mutant(_ACCEPTED, "        if self._has_certificates and", "        if False and"),
     Mutant(_MADE, "        known.retry_at_s = self._clock.now_s() + self._retry_s\n", ""),
-    Mutant(_SERVED, "        async with asyncio.timeout(HELLO_S):\n", "        async with asyncio.timeout(None):\n"),
+    Mutant(_MAKES, "        async with asyncio.timeout(HELLO_S):\n", "        async with asyncio.timeout(None):\n"),
     Mutant(_MADE, "        if self.num_channels >= self._max_channels:\n", "        if False:\n"),
     Mutant(_PULL, "            self._give_back_ring(is_orderly=True)  # the", "            pass  # the"),
     Mutant(_PULL, "has_failed=is_wrong and self.receiver.transport == SHM", "has_failed=is_wrong"),
