@@ -111,7 +111,7 @@ class WorkerNode:
         self._has_handed_back = False
         self.routers: Callable[[], Iterable[RouterNode]] = tuple  # those that live
         self.face = FaceLoad(worker.role)
-        reach = reach_of(worker.block_tokens, None)
+        reach = reach_of(worker.block_tokens, self.spec.main.windowed)
         self.watchers = Watchers(
             self.dispatcher, process.life, lambda: self.face, Counter(), reach=reach, piece_identities=3
         )
