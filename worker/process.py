@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
 
 import grpc.aio
 
@@ -24,45 +23,22 @@ from ..core.ports import bindable_host, check_port, target
 from ..core.request import Role
 from ..core.tls.callers import Caller
 from ..core.tls.identity import TlsIdentity, add_port
-from ..decode_worker.buddy_calls import BuddyCalls
-from ..decode_worker.journal import Journal, JournalLimits
-from ..decode_worker.journaling import Journaling
-from ..decode_worker.paired_peers import PairShape
-from ..decode_worker.pairs import Pairs
-from ..decode_worker.pull import KvPullTools
-from ..decode_worker.service import DecodeService
-from ..decode_worker.tools import DecodeTaskTools
 from ..engine.adapters import AdapterBounds, AdapterTable
-from ..engine.facts import FaceFacts
 from ..engine.link import messages as link
 from ..engine.link.client import EngineClient
-from ..kv.cache.reach import reach_of
 from ..kv.handover import pairing
-from ..kv.handover.frames import slot_bytes
-from ..kv.handover.paired_library import Patience
-from ..kv.handover.plane_channel import RingPool
-from ..kv.handover.transports.communicator import join_by_torch
 from ..kv.handover.transports.grpc import SERVER_OPTIONS, Channels, ServerContext, handlers
-from ..kv.handover.transports.paired_end import PairedDestination, PairedSource, PairSettings
-from ..kv.handover.transports.shared_memory import OwnRing, host_identity, open_ring, ring_bytes
 from ..kv.keys import proof_key
 from ..kv.messages import role_to_wire, spec_to_wire
-from ..prefill_worker.pairs import PairService
-from ..prefill_worker.service import PrefillService
-from ..prefill_worker.task import PrefillTaskTools
 from ..protos import common_pb2, worker_pb2_grpc
 from .adapters import WorkerAdapters
 from .announcer import Announcer
-from .blocks.copies import Copies, CopyTools
-from .blocks.departing import Departing
 from .blocks.departure import hand_back_after_s
-from .blocks.fetch import FetchService
-from .blocks.keep import KeepService
-from .blocks.returns import Returns
 from .build import build_engine
 from .built import BuiltEngine
 from .codec.fallback import CodecFallback
 from .codec.streams import Streams
+from .faces.faces import FaceHost, Faces
 from .gpu.export import to_wire
 from .gpu.nvml import Library
 from .gpu.verdict import Verdict
@@ -73,7 +49,6 @@ from .scrape import ScrapeServer
 from .service import WorkerService
 from .settings import WorkerSettings
 from .state_memory import refuse_role
-from .watch import FaceLoad, Watchers
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +65,6 @@ PORT_REMEDY = "--port, or 0 for any"
 LINGER_S = 2.0  # longest time after a drain that was asked for, in which others fetch what was given back
 STOP_S = 5.0  # longest time for the engine's last step
 TOLD_S = 1.0  # longest time for the routers to hear that this worker drains and comes back
-ANY_ADDRESS = ("0.0.0.0", "::")  # then a paired channel uses the address of the machine's name
-PAIR_JOIN_S = 10.0
-PAIR_SHARE = 0.75  # of the silence that ends a hand-over: a transfer that hangs fails before the hand-over does
 
 
 class WorkerProcess:
@@ -124,8 +96,8 @@ class WorkerProcess:
         self._tls = TlsIdentity(settings.tls, Caller.WORKER) if settings.tls else None
         self._channels = Channels(self._proof_key, self._tls)
         self._guard = Guard(self._proof_key, settings.worker_id, self._count_refusal, self._tls)
-        self.rings: RingPool | None = None  # shared memory for hand-overs to this worker; known after `start`
         self._room: BuiltEngine | None = None
+        self._faces: Faces | None = None
         self._server: grpc.aio.Server | None = None
         self._scrapes: ScrapeServer | None = None
         self._announcer: Announcer | None = None
@@ -160,13 +132,19 @@ class WorkerProcess:
     @property
     def is_draining(self) -> bool:
         """True if orders are refused."""
-        return self.decode.is_draining
+        return self.faces.decode.is_draining
 
     @property
     def room(self) -> BuiltEngine:
         """The engine with its link and facts; known after `start`."""
         assert self._room is not None, "start first"
         return self._room
+
+    @property
+    def faces(self) -> Faces:
+        """The services of the engine that there is now; known after `start`."""
+        assert self._faces is not None, "start first"
+        return self._faces
 
     # ------------------------------------------------------------------ life
 
@@ -212,7 +190,9 @@ class WorkerProcess:
         if self._announcer is not None:
             await self._announcer.leave()  # first, so that no router sends new work while the running work ends
         if self._server is not None:
-            await self.drain(hand_back_after_s(grace_s, self._running_bytes(), self._pull.speed.bytes_per_s), end_s)
+            await self.drain(
+                hand_back_after_s(grace_s, self._running_bytes(), self.faces.pull.speed.bytes_per_s), end_s
+            )
         if self._server is not None:
             await self._server.stop(0.2)
         if self._scrapes is not None:
@@ -222,7 +202,7 @@ class WorkerProcess:
             if not await asyncio.to_thread(self._room.engine.join, STOP_S):
                 log.error("%s: the engine's last step did not end within %.0f s", self.settings.worker_id, STOP_S)
             await asyncio.to_thread(self._room.close)
-            await self._close_faces()
+            await self.faces.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -241,15 +221,14 @@ class WorkerProcess:
 
     async def drain_faces(self, timeout_s: float, end_s: float | None = None) -> int:
         """As `drain`, but faces that take the place of these take new work."""
-        gave_back = self.departing.gave_back
-        drains = self.decode.drain(timeout_s, gave_back), self.prefill.drain(timeout_s)
-        handed_back = sum(await asyncio.gather(*drains))
+        faces = self.faces
+        handed_back = await faces.drain(timeout_s)
         if handed_back:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._all_ended()
             left_s = LINGER_S if end_s is None else end_s - self._clock.now_s()
-            not_fetched = await self.departing.wait(left_s)
+            not_fetched = await faces.departing.wait(left_s)
             log.info("%s: %d handed back, %d of them not fetched", self.settings.worker_id, handed_back, not_fetched)
         return handed_back
 
@@ -263,8 +242,7 @@ class WorkerProcess:
             raise ConfigError(f"{self.settings.worker_id} ends already; start it again")
         self._drains_by_order = False
         if not self.health.is_changing:  # else the faces that come take work
-            self.decode.undrain()
-            self.prefill.undrain()
+            self.faces.undrain()
         log.info("%s takes work again: its drain was undone", self.settings.worker_id)
         self._announce()
 
@@ -341,7 +319,7 @@ class WorkerProcess:
         if not await asyncio.to_thread(room.engine.join, STOP_S):
             raise InternalError(f"the engine's last step did not end within {STOP_S:.0f} s")
         await asyncio.to_thread(room.close)
-        await self._close_faces()
+        await self.faces.close()
         self._room = None
 
     async def install(self, room: BuiltEngine) -> None:
@@ -362,14 +340,14 @@ class WorkerProcess:
         room.link.send(link.Stop())
         if not await asyncio.to_thread(room.engine.join, STOP_S):
             raise InternalError(f"an engine that did not become ready did not end within {STOP_S:.0f} s")
-        await self._close_faces()
+        await self.faces.close()
         self._room = None
 
     async def end_change(self) -> None:
         """Announce the other engine; routers and peers open their streams anew."""
         self.health.is_changing = False
         if self._drains_by_order:
-            self.decode.draining.is_on = self.prefill.draining.is_on = True
+            self.faces.refuse_work()
         before, self._announcer = self._announcer, self._announcing()
         if before is not None:
             await before.end()
@@ -401,94 +379,32 @@ class WorkerProcess:
         Raises:
             InternalError: it does not become ready.
         """
-        self._room = room
-        self._make_faces(room)
+        self._room, self._faces = room, self._made_faces(room)
         room.engine.start()
         dispatching = asyncio.create_task(self._dispatch(self.dispatcher))
         self._tasks.append(dispatching)
         await self._ready(dispatching)
         self._serving = self.dispatcher
 
-    async def _close_faces(self) -> None:
-        await self.pairs.close()
-        self.decode.close()
-        self._journal.close()
-        if self.rings is not None:
-            self.rings.close()
-
-    def _make_faces(self, room: BuiltEngine) -> None:
-        facts, settings = room.facts, self.settings
-        table = self.adapters.table
-        common: dict[str, Any] = {
-            "dispatcher": self.dispatcher,
-            "executor": self._executor,
-            "digest_key": facts.digest_key,
-            "timing": self._timing,
-            "clock": self._clock,
-            "counters": self.counters,
-            "ended": self._metrics.ended,
-        }
-        self.rings = _rings(facts, settings.cache.shared_bytes)
-        self.pairs = self._pairs(facts)
-        self.pairing = PairService(
-            self._source,
-            facts.transport,
-            settings.cache.paired_bytes,
-            self.counters,
-            has_certificates=self._tls is not None,
-        )
-        pull = self._pull = KvPullTools(kv_spec=facts.model.kv_spec, rings=self.rings, pairs=self.pairs, **common)
-        limits = JournalLimits(settings.cache.journal_bytes_per_s)
-        journal = Journal(limits, facts.model.kv_spec.bytes_per_token, facts.block_tokens)
-        buddies = BuddyCalls(self._channels)
-        self._journal = Journaling(journal, buddies, self._clock, self.counters, lambda: self.address)
-        decoding = DecodeTaskTools(facts, pull, self._channels, table, self._journal)
-        copying = CopyTools(facts, pull, decoding.connect_source)
-        self.keep = KeepService(Copies(copying, lambda: self.is_draining))
-        self.decode = DecodeService(decoding, room.tokenizer, settings.orphan_grace_s)
-        job = PrefillTaskTools(
-            numerics_class=facts.model.numerics_class,
-            open_memory=open_ring,
-            pair=self.pairing.get,
-            adapters=table,
-            begin_return=Returns(copying).begin,
-            **common,
-        )
-        max_streams = settings.step.max_waiting + facts.max_num_seqs
-        self.prefill = PrefillService(facts, job, lambda: self.role, max_streams)
-        self.departing = Departing(self._clock)
-        self.fetch = FetchService(facts, self.dispatcher, self.counters, self.departing)
-        reach = reach_of(facts.block_tokens, facts.model.kv_spec.main.windowed)
-        self.watchers = Watchers(self.dispatcher, self.incarnation, self._face_load, self.counters, reach=reach)
-
-    def _pairs(self, facts: FaceFacts) -> Pairs:
-        """Paired channels of this worker as decode; none are made unless its transport says so."""
-        shape = PairShape(facts.frame_slots, slot_bytes(facts.model.kv_spec, facts.frame_bytes))
-
-        def make(number: int, shape: PairShape) -> PairedDestination:
-            return PairedDestination(number, shape.slots, shape.slot_bytes, self._pair_settings)
-
-        return Pairs(
-            make,
-            self._channels.pair,
+    def _made_faces(self, room: BuiltEngine) -> Faces:
+        host = FaceHost(
+            self.settings,
             self._clock,
+            self._timing,
             self.counters,
-            shape=shape,
-            max_bytes=self.settings.cache.paired_bytes,
-            worker_id=facts.worker_id,
+            self._executor,
+            self._channels,
+            self.adapters.table,
+            self._metrics.ended,
+            self._host(),
+            has_certificates=self._tls is not None,
+            incarnation=self.incarnation,
+            role=lambda: self.role,
+            is_draining=lambda: self.is_draining,
+            address=lambda: self.address,
+            gpus=self._gpus,
         )
-
-    def _source(self, slots: int, slot_bytes: int) -> PairedSource:
-        return PairedSource(slots, slot_bytes, self._pair_settings)
-
-    @property
-    def _pair_settings(self) -> PairSettings:
-        host = self._host()
-        patience = Patience(PAIR_JOIN_S, PAIR_SHARE * self._timing.silence_s)
-        return PairSettings("" if host in ANY_ADDRESS else host, patience, join_by_torch)
-
-    def _face_load(self) -> FaceLoad:
-        return FaceLoad(self.role, self.is_draining, self._pull.speed.bytes_per_s, self._gpus())
+        return Faces(room, self.dispatcher, host)
 
     def _gpus(self) -> tuple[common_pb2.GpuState, ...]:
         return () if self._gpu is None else (to_wire(self._gpu.state()),)
@@ -561,18 +477,18 @@ class WorkerProcess:
             self.metrics_address = await self._scrapes.start(host, self.settings.metrics_port)
 
     async def _transfer(self, messages: AsyncIterator[bytes], context: ServerContext) -> None:
-        await self.prefill.transfer(messages, context)
+        await self.faces.prefill.transfer(messages, context)
 
     async def _pair(self, messages: AsyncIterator[bytes], context: ServerContext) -> None:
         with self.streams.running():
-            await self.pairing.pair(messages, context)
+            await self.faces.pairing.pair(messages, context)
 
     async def _fetch(self, request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
-        async for piece in self.fetch.fetch(request, context):
+        async for piece in self.faces.fetch.fetch(request, context):
             yield piece
 
     async def _keep(self, request: bytes, context: ServerContext) -> bytes:
-        return await self.keep.keep(request, context)
+        return await self.faces.keep.keep(request, context)
 
     def _host(self) -> str:
         """The host to bind.
@@ -598,11 +514,3 @@ class WorkerProcess:
     async def _all_ended(self) -> None:
         while self.dispatcher.num_owned:
             await self.dispatcher.next_end()
-
-
-def _rings(facts: FaceFacts, most_bytes: int) -> RingPool | None:
-    """Shared memory for hand-overs from prefill workers of this host; None where the system has none for us."""
-    if not host_identity() or not most_bytes:
-        return None
-    size = slot_bytes(facts.model.kv_spec, facts.frame_bytes)
-    return RingPool(lambda: OwnRing(facts.frame_slots, size), ring_bytes(facts.frame_slots, size), most_bytes)

@@ -28,7 +28,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Session(self, _: Any, context: Any) -> None:  # type: ignore[override]
         """Serve one router: orders up, tokens down."""
         with self._worker.streams.running():
-            await self._worker.decode.session(context, self._worker.info())
+            await self._worker.faces.decode.session(context, self._worker.info())
 
     async def Describe(self, _: worker_pb2.DescribeRequest, context: Any) -> common_pb2.WorkerInfo:
         """This worker's info."""
@@ -37,7 +37,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Watch(self, _: worker_pb2.WatchRequest, context: Any) -> AsyncIterator[worker_pb2.WatchEvent]:
         """Stream KV events and load reports."""
         with self._worker.streams.running():
-            async for event in self._worker.watchers.watch():
+            async for event in self._worker.faces.watchers.watch():
                 yield event
 
     async def SetRole(self, request: worker_pb2.SetRoleRequest, context: Any) -> common_pb2.WorkerInfo:

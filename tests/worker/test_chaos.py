@@ -54,7 +54,7 @@ async def play(chaotic, make_prompt, all_free, plans) -> Counter[str]:
             went[answer.end.handover.local_reason or "whole"] += 1
         proxy.set(None)
         await all_free(prefill, decode, timeout_s=30.0)
-        assert decode.rings is None or not decode.rings.used, plan
+        assert decode.faces.rings is None or not decode.faces.rings.used, plan
     await all_free(prefill, decode)
     return went
 

@@ -133,7 +133,7 @@ async def test_a_running_stream_ends_on_its_codec_and_later_ones_find_none_of_it
         worker = await cluster.add(Role.COMBINED, worker_id="w", cache=WATCHED, drain_timeout_s=TIMEOUT_S)
         alone = await cluster.generate(request(cluster, "alone", make_prompt(40), 100))
         running = asyncio.create_task(cluster.generate(request(cluster, "running", make_prompt(40), 100)))
-        await until(lambda: worker.decode.num_running)
+        await until(lambda: worker.faces.decode.num_running)
         exceed(worker)
         await until(lambda: told(cluster).get("changes_codec_to"))
         later = asyncio.create_task(cluster.generate(request(cluster, "later", make_prompt(40), 8)))

@@ -55,7 +55,7 @@ def test_a_copy_goes_behind_all_else_and_ends_in_time():
 
 async def test_a_draining_worker_keeps_nothing(start_worker, make_prompt):
     buddy = await start_worker(Role.DECODE)
-    buddy.decode.draining.is_on = True
+    buddy.faces.decode.draining.is_on = True
     reply = await buddy._channels.keep(buddy.address, request(buddy, make_prompt(32), "127.0.0.1:1"), 10.0)
     assert handover_pb2.KeepReply.FromString(reply).reason == "the worker is draining"
     with pytest.raises(Exception, match="INVALID_ARGUMENT"):

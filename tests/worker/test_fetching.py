@@ -269,7 +269,7 @@ async def test_a_draining_worker_keeps_what_it_gave_back_until_it_is_fetched(
     hands = [await router_of(first), await router_of(second)]
     prompt = make_prompt(PROMPT_TOKENS)
     given = await begun(hands[0], prompt, "r")
-    first.departing.departure.quiet_s = 60.0
+    first.faces.departing.departure.quiet_s = 60.0
     draining = asyncio.create_task(first.drain(0.0, time.monotonic() + 60.0))
     await given.ended()
     assert not draining.done(), "it waits for those who go on"
@@ -291,15 +291,15 @@ async def test_a_draining_worker_leaves_if_nobody_comes(workers, router_of, make
     first = workers[0]
     hand = await router_of(first)
     given = await begun(hand, make_prompt(PROMPT_TOKENS), "r")
-    first.departing.departure.quiet_s = 0.05
+    first.faces.departing.departure.quiet_s = 0.05
     assert await asyncio.wait_for(first.drain(0.0, time.monotonic() + 60.0), 60) == 1
     await given.ended()
-    assert first.departing.departure.num_left == 1
+    assert first.faces.departing.departure.num_left == 1
 
 
 async def test_the_deadline_of_a_drain_ends_the_wait(workers, router_of, make_prompt):
     first = workers[0]
     hand = await router_of(first)
     await begun(hand, make_prompt(PROMPT_TOKENS), "r")
-    first.departing.departure.quiet_s = 60.0
+    first.faces.departing.departure.quiet_s = 60.0
     await asyncio.wait_for(first.stop(0.5), 60)

@@ -76,12 +76,12 @@ async def test_both_sides_of_a_real_handover_are_in_metrics(
         values, helps = await scraped(worker)
         assert values == {side: dict.fromkeys(HANDOVER_STREAMS, 0.0) for side in SIDES}  # there before anything happens
         assert helps == {name: metric.help for name, metric in HANDOVER_STREAMS.items()}
-    damage_second_frame(lambda: decode.rings)
+    damage_second_frame(lambda: decode.faces.rings)
     answer = await (await hand.submit("r", make_prompt(320), [prefill])).ended()
     assert answer.end.handover.refetched_blocks > 0
     await all_free(prefill, decode)
     async with asyncio.timeout(60):
-        while prefill.prefill.num_running:
+        while prefill.faces.prefill.num_running:
             await asyncio.sleep(0.01)
     sent, received = (await scraped(prefill))[0], (await scraped(decode))[0]
     assert sent["decode"] == received["prefill"] == dict.fromkeys(HANDOVER_STREAMS, 0.0)

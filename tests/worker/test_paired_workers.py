@@ -36,7 +36,7 @@ async def asked(hand, prefill, prompt, request_id="r", **options):
 async def opened(decode, prefill):
     """Wait until both ends of the channel are open."""
     async with asyncio.timeout(WAIT_S):
-        while not (decode.pairs.num_open and prefill.pairing.num_open):
+        while not (decode.faces.pairs.num_open and prefill.faces.pairing.num_open):
             await asyncio.sleep(0.01)
 
 
@@ -69,7 +69,7 @@ async def test_a_channel_that_fails_under_way_costs_one_more_read_and_no_token(
     def join(backend, store, host=""):
         return lambda rank, patience, told: Failing(backend, store, rank, patience, told, host=host)
 
-    monkeypatch.setattr("twostroke.worker.process.join_by_torch", join)
+    monkeypatch.setattr("twostroke.worker.faces.faces.join_by_torch", join)
     prefill, decode, hand = await start_pair()
     prompt = make_prompt(LONG, 3)
     truth = await asked(hand, prefill, prompt, "truth")
@@ -81,7 +81,7 @@ async def test_a_channel_that_fails_under_way_costs_one_more_read_and_no_token(
     assert told.refetched_blocks > 0
     assert decode.counters["handover_transfers_lost"] > 0
     async with asyncio.timeout(WAIT_S):
-        while decode.pairs.num_channels or prefill.pairing.num_channels:
+        while decode.faces.pairs.num_channels or prefill.faces.pairing.num_channels:
             await asyncio.sleep(0.01)
     later = await asked(hand, prefill, prompt, "later")
     assert later.token_ids == truth.token_ids
@@ -92,13 +92,13 @@ async def test_a_channel_that_fails_under_way_costs_one_more_read_and_no_token(
 
 async def test_a_library_that_hangs_at_its_start_holds_up_no_request(start_pair, make_prompt, all_free, monkeypatch):
     wire = Wire(hangs_at_init=True)
-    monkeypatch.setattr("twostroke.worker.process.join_by_torch", lambda backend, store, host="": wire.join)
+    monkeypatch.setattr("twostroke.worker.faces.faces.join_by_torch", lambda backend, store, host="": wire.join)
     prefill, decode, hand = await start_pair()
     for number in range(3):
         answer = await asked(hand, prefill, make_prompt(LONG, number), f"r{number}")
         assert answer.end.handover.transport == "grpc"
         assert answer.end.handover.transport_reason == "the paired channel is being made"
-    assert (decode.pairs.num_channels, decode.pairs.num_open) == (1, 0)
+    assert (decode.faces.pairs.num_channels, decode.faces.pairs.num_open) == (1, 0)
     await all_free(prefill, decode)
 
 
@@ -113,7 +113,7 @@ async def test_less_than_the_required_channel_is_computed_here_with_the_reason(s
     prefill, decode, hand = await start_pair(prefill="grpc", require_transport=True)
     answer = await asked(hand, prefill, make_prompt(LONG, 5))
     assert answer.end.handover.local_reason == "no_paired_channel"
-    assert decode.pairs.why_none(prefill.address) == "this prefill worker's cache.transport is grpc"
+    assert decode.faces.pairs.why_none(prefill.address) == "this prefill worker's cache.transport is grpc"
     await all_free(prefill, decode)
 
 
@@ -128,7 +128,7 @@ async def test_a_cancelled_request_leaves_the_channel_to_the_others(start_pair, 
         await other.ended(WAIT_S)
         await doomed.ended(WAIT_S)
         assert other.end.handover.transport == "gloo"
-    assert decode.pairs.num_open == 1
+    assert decode.faces.pairs.num_open == 1
     await all_free(prefill, decode)
 
 
@@ -158,7 +158,7 @@ async def test_a_prefill_process_that_dies_or_freezes_costs_no_token(
             address = line.split()[-1].decode()
             await (await hand.submit(f"first{attempt}", make_prompt(LONG, 9), [address])).ended(WAIT_S)
             async with asyncio.timeout(WAIT_S):
-                while decode.pairs.get(address) is None:
+                while decode.faces.pairs.get(address) is None:
                     await asyncio.sleep(0.01)
             before = decode.counters["handover_decode_transfers"]
             told = [await hand.submit(f"a{attempt}n{n}", make_prompt(LONG, n), [address]) for n in range(6)]
@@ -174,5 +174,5 @@ async def test_a_prefill_process_that_dies_or_freezes_costs_no_token(
                 process.kill()
             await process.wait()
         async with asyncio.timeout(WAIT_S):
-            while decode.pairs.num_channels or decode.dispatcher.num_owned:
+            while decode.faces.pairs.num_channels or decode.dispatcher.num_owned:
                 await asyncio.sleep(0.01)

@@ -157,7 +157,7 @@ async def test_a_cancelled_request_gives_up_its_fetch(chat, monkeypatch, all_fre
     await chat.hand.cancel("second")
     await answer.ended(WAIT_S)
     await all_free(chat.prefill, chat.decode)
-    assert chat.prefill.prefill.num_running == 0
+    assert chat.prefill.faces.prefill.num_running == 0
     assert chat.prefill.counters["prefill_returns_given_up"] == 1
 
 

@@ -187,7 +187,7 @@ async def test_a_workers_port_ends_with_it(start_worker):
     assert status == "HTTP/1.1 200 OK"
     assert b'vllm:num_requests_running{engine="combined-0",model_name="tiny"} 0.0' in body
     assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
-    worker.decode.draining.is_on = True
+    worker.faces.decode.draining.is_on = True
     assert (await ask((host, int(port)), b"GET /health HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 503 Service Unavailable"
     await worker.stop(0.0)
     with pytest.raises(ConnectionError):

@@ -136,7 +136,7 @@ class Expecting:
 
     @property
     def _has_heard_all(self):
-        (watcher,) = self.worker.watchers._open or (None,)
+        (watcher,) = self.worker.faces.watchers._open or (None,)
         return self._heard > 0 and self._heard == watcher.sequence and not watcher._deltas
 
     async def expected(self, prompt):

@@ -107,7 +107,7 @@ async def pair(start_worker, router_of, make_prompt, tap, request):
     """Prefill worker, decode worker, a session with the latter, and the text that it all must give."""
     cache = CacheConfig(tokens=8192, frame_bytes=8192, transport=request.param)
     prefill, decode = [await start_worker(role, cache=cache) for role in (Role.PREFILL, Role.DECODE)]
-    tap.rings = decode.rings
+    tap.rings = decode.faces.rings
     alone = await start_worker(Role.COMBINED)
     hand = await router_of(decode)
     expected = await (await (await router_of(alone)).submit("x", make_prompt(LONG))).ended()
@@ -129,7 +129,9 @@ async def test_a_damaged_frame_is_fetched_again(pair, tap, make_prompt, all_free
 async def test_what_arrives_damaged_twice_is_recomputed_here(pair, tap, make_prompt, all_free):
     prefill, decode, hand, expected = pair
     tap.damage = set(range(2, 100))
-    tap.damage_when = lambda: any(run._pull is None or run._pull.receiver.stored_upto for run in decode.decode.runs)
+    tap.damage_when = lambda: any(
+        run._pull is None or run._pull.receiver.stored_upto for run in decode.faces.decode.runs
+    )
     answer = await (await hand.submit("r", make_prompt(LONG), [prefill])).ended()
     assert answer.token_ids == expected.token_ids
     assert answer.end.handover.local_reason == "peer_corrupted"
@@ -248,7 +250,7 @@ async def test_a_lost_router_leaves_nothing_behind_after_the_grace(pair, make_pr
     await answer.until(lambda a: len(a.token_ids) > 3)
     await hand.lose()
     await asyncio.sleep(0.1)
-    assert decode.decode.num_running == 1  # it runs on for the grace
+    assert decode.faces.decode.num_running == 1  # it runs on for the grace
     await all_free(prefill, decode)
     assert decode.counters["orphans_cancelled"] == 1
 

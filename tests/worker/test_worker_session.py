@@ -331,7 +331,7 @@ async def test_attach_is_answered_though_nothing_can_be_attached_to_yet(hand):
 
 
 async def test_a_router_that_stops_beating_is_lost(alone, router_of, make_prompt, all_free):
-    alone.decode._timing = SessionTiming(silence_s=0.5)
+    alone.faces.decode._timing = SessionTiming(silence_s=0.5)
     hand = await router_of(alone)
     await hand.say(worker_pb2.SessionUp(beat=worker_pb2.Beat(phase="idle")))
     answer = await hand.submit("r", make_prompt(20), sampling={"max_tokens": 1500, **FREE})

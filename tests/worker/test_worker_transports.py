@@ -61,7 +61,7 @@ async def test_two_workers_of_one_host_share_memory_and_use_one_ring_again(start
         assert handover.tokens_moved == LONG
         await all_free(prefill, decode)
     assert decode.counters["handover_decode_shared_frames"] == decode.counters["handover_decode_frames"] > 2 * SLOTS
-    assert decode.rings.num_rings == 1
+    assert decode.faces.rings.num_rings == 1
     assert open_rings() == before + 1  # the decode worker's: the prefill worker has unmapped it
 
 
@@ -71,7 +71,7 @@ async def test_requests_beside_each_other_have_rings_of_their_own(start_pair, ma
     reports = [(await answer.ended()).end.handover for answer in answers]
     assert {report.transport for report in reports} == {"shm"}
     await all_free(prefill, decode)
-    assert 1 <= decode.rings.num_rings <= 3
+    assert 1 <= decode.faces.rings.num_rings <= 3
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ async def test_a_decode_worker_without_memory_for_the_required_transport_asks_no
 
 async def test_beyond_the_bound_hand_overs_go_over_the_stream(start_pair, make_prompt, all_free):
     prefill, decode, hand = await start_pair(decode={"ring_bytes": ONE_RING})
-    lent = decode.rings.take("somebody else")
+    lent = decode.faces.rings.take("somebody else")
     full = await asked(hand, prefill, make_prompt(LONG), "r1")
     assert (full.transport, full.transport_reason) == ("grpc", ALL_USED)
     lent.give_back(is_orderly=False)
@@ -165,7 +165,7 @@ async def test_after_wrong_bytes_in_shared_memory_a_pair_uses_the_stream_and_say
     send = ServerStream.send
 
     async def damaging(stream, envelope):  # as if the memory itself were bad: every frame, also when it is read again
-        await send(stream, damaged(envelope, decode.rings) if is_frame(envelope) else envelope)
+        await send(stream, damaged(envelope, decode.faces.rings) if is_frame(envelope) else envelope)
 
     monkeypatch.setattr(ServerStream, "send", damaging)
     broken = await asked(hand, prefill, make_prompt(LONG, 1), "r1")
@@ -175,7 +175,7 @@ async def test_after_wrong_bytes_in_shared_memory_a_pair_uses_the_stream_and_say
     assert (after.transport, after.transport_reason) == ("grpc", WRONG_BYTES)
     assert (after.tokens_moved, after.local_reason) == (LONG, "")
     await all_free(prefill, decode)
-    assert decode.rings.num_rings == 0
+    assert decode.faces.rings.num_rings == 0
 
 
 @pytest.fixture
@@ -201,17 +201,17 @@ async def test_the_ring_of_a_cancelled_hand_over_is_never_used_again(start_pair,
     held, free = hold
     answer = await hand.submit("r", make_prompt(LONG), [prefill])
     await asyncio.wait_for(held.wait(), 60)
-    (first,) = [ring.nonce for ring in decode.rings.used]
+    (first,) = [ring.nonce for ring in decode.faces.rings.used]
     assert open_rings() == before + 2  # both sides have mapped it
     await hand.cancel("r")
     await answer.ended()
     await all_free(prefill, decode)
     free.set()
     assert (await asked(hand, prefill, make_prompt(LONG, 2), "r2")).transport == "shm"
-    (second,) = decode.rings.idle
+    (second,) = decode.faces.rings.idle
     assert second.nonce != first
     await all_free(prefill, decode)
-    assert (decode.rings.num_rings, open_rings()) == (1, before + 1)
+    assert (decode.faces.rings.num_rings, open_rings()) == (1, before + 1)
 
 
 # ------------------------------------------------------------------ two processes
@@ -321,7 +321,7 @@ async def test_kill_9_of_a_prefill_worker_leaves_no_memory(start_one, router_of,
     await answer.ended()
     assert answer.end.handover.local_reason == "peer_closed"
     await all_free(decode)
-    assert (decode.rings.num_rings, open_rings()) == (0, before)
+    assert (decode.faces.rings.num_rings, open_rings()) == (0, before)
 
 
 @pytest.mark.campaign

@@ -122,16 +122,16 @@ async def test_snapshot_and_deltas_rebuild_the_prefix_cache(start_worker, router
 
 async def test_a_slow_watcher_gets_a_new_snapshot_instead_of_a_long_queue(start_worker, router_of, make_prompt, watch):
     worker = await start_worker(Role.COMBINED, cache=SMALL)
-    worker.watchers._max_pending = 4
+    worker.faces.watchers._max_pending = 4
     hand = await router_of(worker)
-    slow = worker.watchers.watch()
+    slow = worker.faces.watchers.watch()
     view = Watched.__new__(Watched)
     view.identities, view.sequence, view.num_snapshots, view._in_snapshot = set(), 0, 0, False
     while view.num_snapshots == 0:
         view.take(await anext(slow))
     for place in range(6):  # nobody reads meanwhile
         await (await hand.submit(f"r{place}", make_prompt(150, place))).ended()
-    (watcher,) = worker.watchers._open
+    (watcher,) = worker.faces.watchers._open
     assert sum(len(d.stored) + len(d.removed) for d in watcher._deltas) <= 4 + 20
     await asyncio.sleep(0.3)
     truth = held_by(worker)
