@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _FLOATS = tuple(_DTYPE_NAMES)
-_QUANTISED = (*_FLOATS, "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64")
+_QUANTISED = (*_FLOATS, "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I16", "I32", "I64", "BOOL")
 QUANTISATION_FILE = "hf_quant_config.json"  # of ModelOpt; says what stored tensors mean
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SINGLE_FILES = ("model.safetensors", "medusa_lm_head.safetensors")
 _CHUNK_BYTES = 4 << 20
 MAX_HEADER_BYTES = 100_000_000  # as in the library of the format
 _NESTED, _PLAIN = "model.language_model.", "model."
@@ -150,11 +151,11 @@ def checkpoint_files(directory: Path) -> tuple[Path, ...]:
             missing or in another folder.
     """
     index_file = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
     if index_file.exists():
         return _indexed_files(index_file)
-    if single.exists():
-        return (single,)
+    for name in _SINGLE_FILES:
+        if (directory / name).exists():
+            return (directory / name,)
     if directory.is_dir():
         pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLED)
         if pickled:
@@ -162,7 +163,9 @@ def checkpoint_files(directory: Path) -> tuple[Path, ...]:
                 f"{directory / pickled[0]} is a pickle, which can run code when it is read; "
                 "convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
             )
-    raise CheckpointError(f"{single} is missing; give a directory with model.safetensors or its shards and index")
+    raise CheckpointError(
+        f"{directory / _SINGLE_FILES[0]} is missing; give a directory with model.safetensors or its shards and index"
+    )
 
 
 def _indexed_files(index_file: Path) -> tuple[Path, ...]:

@@ -133,8 +133,8 @@ SpeculativeConfig = Annotated[
     str | None,
     typer.Option(
         help="Speculative decoding, as JSON with vLLM's keys: "
-        '\'{"method": "ngram", "num_speculative_tokens": 4}\', or "draft_model" with "model": PATH. Default: off. '
-        "The output is the same."
+        '\'{"method": "ngram", "num_speculative_tokens": 4}\', "mtp", or "draft_model", "medusa", "eagle3" with '
+        '"model": PATH. Default: off. The output is the same.'
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads per worker. Default: physical cores / workers.")]

@@ -220,7 +220,7 @@ def _show_model(config: Config, model: ModelFacts, out: Console) -> None:
         most = config.speculation.num_speculative_tokens
         out.print(f"speculation: {config.speculation.method}, at most {most} guessed tokens per sequence and step")
     if model.draft:
-        out.print(f"draft model, part of the above: {model.draft}")
+        out.print(f"part of the above: {model.draft}")
     out.print(f"where a request says nothing: {model.sampling or 'temperature 1.0, no filters'}")
     for remark in [*(f"note: {remark}" for remark in model.remarks), *settings_remarks(config)]:
         out.print(remark)

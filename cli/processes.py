@@ -106,12 +106,12 @@ def worker(
 
 
 def _located_draft(speculation: SpeculationConfig) -> SpeculationConfig:
-    """The section with the draft model's local directory, if there is one."""
+    """The section with the local directory of the draft model or the heads, if there is one."""
     from ..checkpoint.locate import located
 
-    if speculation.draft_model is None:
+    if speculation.checkpoint is None:
         return speculation
-    return speculation.model_copy(update={"model": str(located(speculation.draft_model, "speculation.model"))})
+    return speculation.model_copy(update={"model": str(located(speculation.checkpoint, "speculation.model"))})
 
 
 def router(

@@ -7,8 +7,9 @@ from ..checkpoint.locate import located, served_name
 from ..checkpoint.quantised.plan import quantised_plan
 from ..checkpoint.shards import group_sizes
 from ..core.request import Role
+from ..model.heads.resolved import resolve_guesses
 from ..model.ops.device import chosen_kind, gpu_free_bytes
-from ..model.resolved import MemoryNeeds, ResolvedModel, needs_of_ranks, resolve, resolve_draft
+from ..model.resolved import Guesses, MemoryNeeds, ResolvedModel, needs_of_ranks, resolve
 from ..router.api.defaults import SamplingDefaults, described
 from ..text.same_tokens import check_draft
 from ..text.tokenizer import Tokenizer
@@ -50,8 +51,8 @@ def model_facts(config: Config, num_gpus: int | None = None) -> ModelFacts:
         asked_max_model_len=config.model.max_model_len,
         remarks=(*model.spec.remarks, *_gpu_remarks(model)),
         sampling=_sampling(model) if config.model.generation_config == "auto" else "",
-        draft_directory="" if draft is None else str(draft.directory),
-        draft="" if draft is None else _told(draft),
+        draft_directory="" if draft is None or config.speculation.checkpoint is None else str(draft.directory),
+        draft="" if draft is None else draft.told,
         arithmetic=f"{model.dtype}, {_rounding(model)}, {model.kernels} kernels on {kind}",
     )
 
@@ -99,19 +100,18 @@ def _resolved(config: Config, num_gpus: int | None) -> ResolvedModel:
     return resolve(located(config.model.path), config.model, config.cache.codec, kind)
 
 
-def _draft(config: Config, model: ResolvedModel) -> ResolvedModel | None:
-    """The draft model beside `model`. Raises ConfigError: its tokenizer differs; CheckpointError: it cannot be read."""
-    if config.speculation.draft_model is None:
+def _draft(config: Config, model: ResolvedModel) -> Guesses | None:
+    """What guesses beside `model`. Raises ConfigError: it does not fit; CheckpointError: it cannot be read."""
+    speculation = config.speculation
+    if not speculation.has_weights:
         return None
-    directory = located(config.speculation.draft_model, "speculation.model")
-    draft = resolve_draft(directory, config.model, config.cache.codec, model.device)
-    check_draft(draft.directory, Tokenizer.load(model.directory))
+    if speculation.checkpoint is not None:
+        place = located(speculation.checkpoint, "speculation.model")
+        speculation = speculation.model_copy(update={"model": str(place)})
+    draft = resolve_guesses(speculation, config.model, config.cache.codec, model)
+    if isinstance(draft, ResolvedModel):  # heads have no tokenizer
+        check_draft(draft.directory, Tokenizer.load(model.directory))
     return draft
-
-
-def _told(draft: ResolvedModel) -> str:
-    kv = f"KV {draft.kv_spec.bytes_per_token:,} bytes/token"
-    return f"{draft.directory}: weights {draft.weight_bytes / 2**20:,.1f} MiB per worker, {kv}"
 
 
 def _rounding(model: ResolvedModel) -> str:

@@ -36,7 +36,7 @@ class ModelFacts:
     step_bytes: StepBytes = NO_STEP  # of a step's intermediate values
     state_bytes: int = 0  # of a sequence's recurrent state
     adapter_bytes: int = 0  # of a worker, kept for adapters
-    draft_directory: str = ""  # of the draft model; empty: there is none
+    draft_directory: str = ""  # of the draft model or heads; empty: there are none
     draft: str = ""  # its part of weights and KV, as text
 
 

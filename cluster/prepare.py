@@ -113,7 +113,7 @@ def _with_checkpoint(config: Config) -> Config:
         place_of_it = located(path).absolute()  # members may have another working folder
     except OSError as error:
         raise CheckpointError(f"model.path is {path!r}: it cannot be read: {error.strerror}") from None
-    draft = config.speculation.draft_model
+    draft = config.speculation.checkpoint
     if draft is not None:
         config = _with_draft(config, str(located(draft, "speculation.model").absolute()))
     adapters = tuple(_located_adapter(module) for module in config.model.lora_modules)

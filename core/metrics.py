@@ -109,7 +109,10 @@ SPECULATION_TOKENS = Metric(
     "Tokens that speculative decoding guessed, by what guessed them, and those that were right",
     labels=("proposer", "outcome"),
 )
-PROPOSERS, OUTCOMES = ("ngram", "draft_model"), {"draft_tokens": "guessed", "accepted_tokens": "accepted"}
+PROPOSERS, OUTCOMES = (
+    ("ngram", "draft_model", "medusa", "eagle3", "mtp"),
+    {"draft_tokens": "guessed", "accepted_tokens": "accepted"},
+)
 DRAFT_CATCH_UP = Metric(
     "twostroke_draft_model_caught_up_tokens",
     Kind.COUNTER,
@@ -118,7 +121,7 @@ DRAFT_CATCH_UP = Metric(
 DRAFT_FAILURES = Metric(
     "twostroke_draft_model_failures",
     Kind.COUNTER,
-    "Sequences that went on without guesses after the draft model failed",
+    "Sequences that went on without guesses after the draft model or the heads failed",
 )
 CORRUPTED = Metric(
     "vllm:corrupted_requests", Kind.COUNTER, "Requests that ended because a number in them was not finite"

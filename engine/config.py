@@ -27,8 +27,11 @@ class StepConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: physical cores / workers")
 
 
-SPECULATIVE_METHODS = ("ngram", "draft_model")
-_OF_ONE_METHOD = {"model": "draft_model", "prompt_lookup_max": "ngram", "prompt_lookup_min": "ngram"}
+SPECULATIVE_METHODS = ("ngram", "draft_model", "medusa", "eagle3", "mtp")
+_ALIASES = {"deepseek_mtp": "mtp", "qwen3_next_mtp": "mtp"}  # names of vLLM
+_WITH_MODEL = ("draft_model", "medusa", "eagle3")
+_NGRAM = ("ngram",)
+_OF_SOME_METHODS = {"model": _WITH_MODEL, "prompt_lookup_max": _NGRAM, "prompt_lookup_min": _NGRAM}
 
 
 class SpeculationConfig(Section):
@@ -37,19 +40,28 @@ class SpeculationConfig(Section):
     method: str | None = Field(
         None,
         description="what guesses: ngram, from earlier occurrences in prompt and output; draft_model, a small model "
-        "with the same tokenizer; none: off, or draft_model if a model is given",
+        "with the same tokenizer; medusa and eagle3, heads on the model's hidden states; mtp, the model's own layer "
+        "that predicts further tokens; none: off, or draft_model if a model is given",
     )
     model: str | None = Field(
-        None, min_length=1, description="draft_model: checkpoint directory, GGUF file, hub name, or 'bundled'"
+        None,
+        min_length=1,
+        description="draft_model: checkpoint directory, GGUF file, hub name, or 'bundled'; medusa, eagle3: directory "
+        "or hub name of the heads",
     )
     num_speculative_tokens: int = Field(4, ge=1, le=32, description="most guessed tokens per sequence and step")
     prompt_lookup_max: int = Field(4, ge=1, le=32, description="ngram: longest match that is looked for, in tokens")
     prompt_lookup_min: int = Field(2, ge=1, le=32, description="ngram: shortest match that is guessed from, in tokens")
 
     @property
-    def draft_model(self) -> str | None:
-        """Checkpoint of the draft model; None: no model guesses."""
-        return self.model if self.method == "draft_model" else None
+    def checkpoint(self) -> str | None:
+        """Checkpoint of the draft model or of the heads; None: neither guesses."""
+        return self.model if self.method in _WITH_MODEL else None
+
+    @property
+    def has_weights(self) -> bool:
+        """True if weights beside the model's decoder guess."""
+        return self.checkpoint is not None or self.method == "mtp"
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +74,7 @@ class SpeculationConfig(Section):
     @field_validator("method")
     @classmethod
     def _is_served(cls, method: str | None) -> str | None:
+        method = _ALIASES.get(method or "", method)
         if method is not None and method not in SPECULATIVE_METHODS:
             raise ValueError(
                 f"{method!r} is not served yet; use {' or '.join(SPECULATIVE_METHODS)}, or leave speculation out"
@@ -75,13 +88,13 @@ class SpeculationConfig(Section):
         given = [name for name in fields if name != "method" and getattr(self, name) != fields[name].default]
         if self.method is None and given:
             raise ValueError(f"method is not given, and {', '.join(sorted(given))} needs it; give method: ngram")
-        if self.method == "draft_model" and self.model is None:
-            raise ValueError("method is draft_model, and model is not given; name the small model's checkpoint")
-        wrong = next((name for name in given if _OF_ONE_METHOD.get(name, self.method) != self.method), None)
+        if self.method in _WITH_MODEL and self.model is None:
+            what = "the small model's" if self.method == "draft_model" else "the heads'"
+            raise ValueError(f"method is {self.method}, and model is not given; name {what} checkpoint")
+        wrong = next((name for name in given if self.method not in _OF_SOME_METHODS.get(name, (self.method,))), None)
         if wrong is not None:
-            raise ValueError(
-                f"{wrong} is a setting of {_OF_ONE_METHOD[wrong]}, and method is {self.method}; leave one of them out"
-            )
+            methods = ", ".join(_OF_SOME_METHODS[wrong])
+            raise ValueError(f"{wrong} is a setting of {methods}, and method is {self.method}; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -90,7 +90,7 @@ class EngineCore:
             assert swap is None, "states are not swapped"
             assert speculation is None, "a state cannot go back behind a wrong guess"
             states = StateHoldings(StatePool(limits.num_states, pool.block_tokens), pool.block_tokens, limits.num_seats)
-        planner = None if speculation is None else speculation.draft_model
+        planner = None if speculation is None else speculation.planner
         drafts = None if planner is None else planner.holdings
         holdings = KvCacheManager(pool, prefix, key, swap, states, drafts=drafts)
         self._scheduler = Scheduler(holdings, policy, limits.max_scored_rows, speculation)
@@ -138,7 +138,7 @@ class EngineCore:
         return self._lives.drain()
 
     def plan_drafts(self, now_s: float) -> DraftPlan | None:
-        """What the draft model computes before the next step, if there is one: call it before `plan`, and nothing else.
+        """What a draft model or heads compute before the next step: call it before `plan`, and nothing else.
 
         Answer it by `take_drafts`, also before `plan`; a plan that is not answered gives no guesses.
         """
@@ -147,9 +147,9 @@ class EngineCore:
         return self._scheduler.choose()
 
     def take_drafts(self, plan: DraftPlan, result: DraftResult) -> None:
-        """Take what the draft model has computed."""
-        planner = self._scheduler.draft_model
-        assert planner is not None, "no draft model was asked"
+        """Take what they have computed."""
+        planner = self._scheduler.guess_planner
+        assert planner is not None, "nothing was asked to guess"
         planner.take(self._scheduler.by_key, plan, result)
         self._lives.counters["draft_model_caught_up_tokens"] += plan.catch_up.num_tokens
         self._lives.counters["draft_model_failures"] += len(result.unusable)
@@ -208,6 +208,8 @@ class EngineCore:
                 lives.holdings.keep_state(sequence, step)
             if doom is not None:
                 ends.append((sequence, doom))
+            elif is_computed and self._scheduler.speculation is not None:
+                self._scheduler.speculation.computed(sequence, step)
         if news:
             lives.outbox.append(StepTokens(plan.step, tuple(news)))
             lives.counters["generated_tokens"] += sum([len(tokens.token_ids) for tokens in news])
@@ -277,9 +279,9 @@ class EngineCore:
 
     def time_catch_up(self, plan: DraftPlan, took_ms: float) -> None:
         """Tell how long `plan.catch_up` took, which bounds the next one."""
-        planner = self._scheduler.draft_model
-        assert planner is not None, "no draft model was asked"
-        planner.catch_up.observe(plan.catch_up.num_tokens, took_ms)
+        planner = self._scheduler.guess_planner
+        assert planner is not None, "nothing was asked to guess"
+        planner.caught_up(plan.catch_up.num_tokens, took_ms)
 
     def is_for_peers(self, plan: StepPlan) -> bool:
         """True if a plan computes a prompt for a decode worker."""

@@ -35,7 +35,7 @@ from .plan import SequenceStep, StepPlan
 from .policy import Ahead, Policy, Room, StepBudget, Want, bound_scored
 from .sequence import NEXT_STATES, Sequence, SequenceState
 from .speculation.draft_model.plan import DraftPlan
-from .speculation.draft_model.planner import DraftPlanner
+from .speculation.planner import GuessPlanner
 from .speculation.speculation import Speculation
 from .step_times import StepTimes
 from .store_ops import StoreOp, SwapOp
@@ -82,9 +82,9 @@ class Scheduler:
         self._chosen: _Chosen | None = None  # decodes of the step that is planned next, until it is
 
     @property
-    def draft_model(self) -> DraftPlanner | None:
-        """The planner of the draft model's work; None: no model guesses."""
-        return None if self.speculation is None else self.speculation.draft_model
+    def guess_planner(self) -> GuessPlanner | None:
+        """The planner of what a draft model or heads compute; None: the core guesses itself."""
+        return None if self.speculation is None else self.speculation.planner
 
     # ------------------------------------------------------------------ the states
 

@@ -27,6 +27,10 @@ class ModelDrafter:
         """Prepare the draft model's runner. Call it in the thread of the steps."""
         self.runner.warm_up()
 
+    def release(self) -> None:
+        """Give back the memory of everything but weights, after the last call."""
+        self.runner.release()
+
     def catch_up(self, plan: DraftPlan) -> frozenset[SequenceKey]:
         """Compute the rows of `plan.catch_up`; returns the sequences whose keys or values are not finite."""
         return self.runner.run(plan.catch_up).non_finite

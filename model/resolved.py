@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 from ..checkpoint.activations import NO_STEP, StepBytes, step_bytes
 from ..checkpoint.config import Kernels, ModelConfig
@@ -15,12 +15,39 @@ from ..checkpoint.sizes import cache_codec, compute_dtype, context_length, held_
 from ..checkpoint.spec import DType, LatentAttention, ModelSpec, PlainAttention, Quantization
 from ..core.errors import ConfigError
 from ..kernels.cpu.build import find_compiler
-from ..kv.spec import KEYS_ONLY, KvSpec, codec_ids
+from ..kv.spec import KEYS_ONLY, KvSpec, LayerGroup, codec_ids
 from .ops.device import chosen_kernels, refuse_unserved
 
 MOST_CHANNELS = 1024  # numbers of a head whose keys are rounded per channel: kernels/cpu/cache/cache.h
 
 DeviceKind = Literal["cpu", "cuda"]
+
+
+class Beside(NamedTuple):
+    """Needs of what guesses beside a model, in a worker of one rank."""
+
+    weight_bytes: int
+    group: LayerGroup | None  # its layers of the cache; None: it has none
+    step_bytes: StepBytes
+
+
+class Guesses(Protocol):
+    """What guesses beside a model, with every choice made: a draft model, or heads."""
+
+    @property
+    def directory(self) -> Path:
+        """Its checkpoint."""
+        ...
+
+    @property
+    def beside(self) -> Beside:
+        """What it needs."""
+        ...
+
+    @property
+    def told(self) -> str:
+        """Its part of the plan, as text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +69,18 @@ class ResolvedModel:
         """Layout of one token in the cache."""
         return self.spec.kv_spec(self.codec)
 
+    @property
+    def beside(self) -> Beside:
+        """What it needs as a draft model beside another one."""
+        group = replace(self.kv_spec.main, name="draft")
+        return Beside(self.weight_bytes, group, step_bytes(self.spec, self.dtype))
+
+    @property
+    def told(self) -> str:
+        """Its part of the plan as a draft model, as text."""
+        kv = f"KV {self.kv_spec.bytes_per_token:,} bytes/token"
+        return f"draft model {self.directory}: weights {self.weight_bytes / 2**20:,.1f} MiB per worker, {kv}"
+
     def ends_with(self, end_ids: Sequence[int]) -> ResolvedModel:
         """With further end tokens; ids outside the vocabulary are left out, tokenizers may have more ids."""
         known = (id_ for id_ in end_ids if id_ < self.spec.vocab_size)
@@ -61,12 +100,12 @@ class MemoryNeeds:
 
 
 def needs_of_ranks(
-    model: ResolvedModel, settings: ModelConfig, num_ranks: int, draft: ResolvedModel | None = None
+    model: ResolvedModel, settings: ModelConfig, num_ranks: int, draft: Guesses | None = None
 ) -> MemoryNeeds:
     """Needs of a worker of `num_ranks` tensor-parallel ranks. `settings`: those that `model` was resolved with.
 
-    `draft`: a draft model beside it, of a worker of one rank. Its KV is another group of the layout: a block of the
-    pool stands for one of the model and one of the draft model.
+    `draft`: what guesses beside it, of a worker of one rank. Its KV is another group of the layout: a block of the
+    pool stands for one of the model and one of the draft model or head.
 
     Raises:
         ConfigError: the model's heads cannot be split over so many ranks; names the sizes that work. Or several ranks
@@ -79,7 +118,7 @@ def needs_of_ranks(
         needs = MemoryNeeds(
             model.weight_bytes, model.kv_spec, model.max_model_len, steps, state_bytes, settings.adapter_bytes
         )
-        return needs if draft is None else _with_draft(needs, draft)
+        return needs if draft is None else _with_draft(needs, draft.beside)
     refuse_adapters(settings, num_ranks)
     weight_bytes = num_ranks * held_bytes(model.directory, rank.local, settings, model.kernels, part=True)
     step = step_bytes(rank.local, model.dtype)
@@ -87,13 +126,13 @@ def needs_of_ranks(
     return MemoryNeeds(weight_bytes, model.kv_spec.of_all_ranks(num_ranks), model.max_model_len, of_all)
 
 
-def _with_draft(needs: MemoryNeeds, draft: ResolvedModel) -> MemoryNeeds:
-    steps = step_bytes(draft.spec, draft.dtype)
+def _with_draft(needs: MemoryNeeds, draft: Beside) -> MemoryNeeds:
+    steps = draft.step_bytes
     per_token, per_row = needs.step_bytes.per_token + steps.per_token, needs.step_bytes.per_row + steps.per_row
     return replace(
         needs,
         weight_bytes=needs.weight_bytes + draft.weight_bytes,
-        kv_spec=KvSpec((*needs.kv_spec.groups, replace(draft.kv_spec.main, name="draft"))),
+        kv_spec=needs.kv_spec if draft.group is None else KvSpec((*needs.kv_spec.groups, draft.group)),
         step_bytes=StepBytes(per_token, per_row),
     )
 

@@ -17,8 +17,9 @@ from ..kv.section import HeldTokens
 from ..kv.spec import HASH_BLOCK_TOKENS
 from ..kv.store.store import KvStore
 from .adapters.loaded import LoadedAdapter
-from .batch import StepBatch, build_batch, on_device, warm_up_batch, with_adapters
+from .batch import StepBatch, build_batch, on_device, read_whole, warm_up_batch, with_adapters
 from .decoder.decoder import Decoder, Hidden
+from .heads.features import HiddenKeeper
 from .ops.seam import Logits, Ops
 from .parallel.collectives import ONE_RANK, Collectives
 from .sampling.greedy import all_greedy, speak_greedily
@@ -65,6 +66,7 @@ class Runner:
         self.store = store
         self.ops = ops
         self.max_model_len = max_model_len or spec.max_model_len
+        self.features: HiddenKeeper | None = None  # keeps hidden rows for heads that guess
         self._collectives = collectives
         self._samples = samples
         self._seals = seals
@@ -100,12 +102,12 @@ class Runner:
 
     def release(self) -> None:
         """Give back the memory of everything but weights and adapters: for `over`, after the last step."""
-        self._decoder = self._graphs = self._sampler = self._masks = None
+        self._decoder = self._graphs = self._sampler = self._masks = self.features = None
         self._results.clear()
         self.store.release()
 
     def over(self, store: KvStore) -> Runner:
-        """A runner of these weights and adapters over another store. This one must not run any more."""
+        """A runner of these weights and adapters over another store, without heads. This one must not run any more."""
         runner = Runner(
             self.spec,
             self.weights,
@@ -131,7 +133,7 @@ class Runner:
                 batch = on_device(warm_up_batch(self.store.block_tokens, self.ops, num_tokens), device)
                 hidden = self._decoder.hidden(batch, self.store)
                 self._decoder.logits(batch.spoken(hidden.rows))
-            if self._graph_seqs:
+            if self._graph_seqs and not (self.features and self.features.layers):
                 self._graphs = self._captured(self._decoder)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -153,6 +155,8 @@ class Runner:
             self._masks.begin(plan)
         with torch.inference_mode() if self._has_many_ops else _NO_MODE:
             batch, hidden = self._compute(self._decoder, plan, ids)
+            if self.features is not None:
+                self.features.keep(plan, batch, hidden)
             bad = _bad_sequences(plan, batch, hidden)
             last = [row[len(step.token_ids) - 1] for row, step in zip(ids, plan.sequences, strict=True)]
             spoken = self._sample(plan, batch, hidden.rows, bad, last)
@@ -182,14 +186,17 @@ class Runner:
         return graphs
 
     def _compute(self, decoder: Decoder, plan: StepPlan, ids: Sequence[tuple[int, ...]]) -> tuple[StepBatch, Hidden]:
-        if self._graphs is not None and self._graphs.serves(plan):
+        taps = () if self.features is None else self.features.layers
+        if self._graphs is not None and not taps and self._graphs.serves(plan):
             return self._graphs.run(plan, ids)
         batch = build_batch(plan, ids, self.store.block_tokens, self.ops)
         if not self._is_cpu:
             batch = on_device(batch, self.ops.device)
         if any(step.adapter_slot for step in plan.sequences):
             batch = with_adapters(batch, plan, self._adapters, self.ops.device)
-        return batch, decoder.hidden(batch, self.store)
+        if self.spec.num_layers in taps:
+            batch = read_whole(batch)
+        return batch, decoder.hidden(batch, self.store, taps)
 
     def _resolve(self, step: SequenceStep) -> tuple[int, ...]:
         """Token ids of a sequence's rows. The first one may be the result of an earlier step."""

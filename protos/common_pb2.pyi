@@ -419,7 +419,7 @@ class Usage(_message.Message):
     accepted_tokens: _builtins.int
     """those of them that were right, and are part of the completion"""
     proposer: _builtins.str
-    """what guessed, from workers to routers only: "ngram" or "draft_model"; empty: nothing"""
+    """what guessed, from workers to routers only: as in speculation.method; empty: nothing"""
     def __init__(
         self,
         *,

@@ -17,7 +17,7 @@ from ..kernels.cpu.build import NativeUnavailable, built_library
 from ..kv.slices import RankSlices
 from ..model.loader import RunnerOptions, load_runner
 from ..model.ops.device import refuse_gpu_ranks, resolve_device
-from ..model.resolved import DeviceKind, ResolvedModel, needs_of_ranks, refuse_adapters, resolve
+from ..model.resolved import DeviceKind, Guesses, ResolvedModel, needs_of_ranks, refuse_adapters, resolve
 from ..model.runner import Runner
 from ..model.weights.tensors import open_source, weights_fingerprint
 from ..text.grammar import GrammarCompiler
@@ -69,12 +69,12 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     refuse_beside_states(resolved.spec, settings.model, settings.cache, settings.speculation)
     if resolved.spec.delta is not None:
         refuse_role(settings.model_name, settings.role)
-    draft = resolved_draft(settings, kind)
+    draft = resolved_draft(settings, resolved)
     sized = _sized(settings, resolved, draft)
     pool_size = sized.pool
     tokenizer = Tokenizer.load(directory)
     check_decoder(tokenizer)
-    if draft is not None:
+    if isinstance(draft, ResolvedModel):  # heads have no tokenizer
         check_draft(draft.directory, tokenizer)
     # many chat models name their end of turn in the tokenizer only
     resolved = replace(resolved.ends_with(tokenizer.eos_ids), max_model_len=sized.max_model_len)
@@ -95,8 +95,8 @@ def build_engine(settings: WorkerSettings, clock: Clock) -> BuiltEngine:
     guessing = load_guessing(decided, resolved, draft, runner, options)
     present = frozenset(open_source(directory).shapes())
     if ranks is None:
-        drafts = None if guessing is None or guessing.drafter is None else guessing.drafter.runner
-        loaded = Loaded(resolved, draft, runner, drafts, tokenizer, present, fingerprint, sized)
+        drafter = None if guessing is None else guessing.drafter
+        loaded = Loaded(resolved, draft, runner, drafter, tokenizer, present, fingerprint, sized)
         return assembled(settings, clock, loaded, model, guessing)
     runner.serve_grammars(GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids).start)
     core = engine_core(settings, sized, model, None if guessing is None else guessing.speculation)
@@ -169,7 +169,7 @@ def _cores(settings: WorkerSettings, rank: int) -> tuple[int, ...]:
     return cores_of_rank(cores(), settings.first_core, rank, settings.num_threads)
 
 
-def _sized(settings: WorkerSettings, model: ResolvedModel, draft: ResolvedModel | None = None) -> SizedWorker:
+def _sized(settings: WorkerSettings, model: ResolvedModel, draft: Guesses | None = None) -> SizedWorker:
     """What fits this device. In a cluster the plan has decided most of it before, and sends that as settings."""
     machine = machine_facts()
     available = machine.memory_bytes if model.device == "cpu" else machine.gpu_bytes[settings.gpu]

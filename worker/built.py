@@ -18,6 +18,7 @@ from ..kv.keys import digest_key
 from ..kv.sizing import PoolSize
 from ..kv.store.host_store import HostStore
 from ..model.adapters.loading import AdapterLoader
+from ..model.heads.resolved import Drafts, with_codec
 from ..model.loader import RunnerOptions, numerics_class, runner_over_new_store
 from ..model.resolved import ResolvedModel
 from ..model.runner import Runner
@@ -29,7 +30,7 @@ from .automatic import SizedWorker
 from .codec.guard import Fallback, codec_guard, fallback_of
 from .ranks import Ranks
 from .settings import WorkerSettings
-from .speculation import Guessing, load_guessing
+from .speculation import Guessing, LoadedDrafter, load_guessing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,9 @@ class Loaded:
     """What was read from files for an engine of one rank, with what was decided for it."""
 
     model: ResolvedModel
-    draft: ResolvedModel | None
+    draft: Drafts | None
     runner: Runner
-    draft_runner: Runner | None
+    drafter: LoadedDrafter | None  # of `draft`, over `runner`
     tokenizer: Tokenizer
     present: frozenset[str]  # names of the tensors of the model's checkpoint
     fingerprint: bytes  # of the weights
@@ -77,16 +78,17 @@ def rebuild_engine(
     model = replace(loaded.model, codec=fallback.codec)
     cache = loaded.sized.cache.model_copy(update={"tokens": fallback.pool.num_tokens, "guard_bound": None})
     sized = loaded.sized._replace(cache=cache, pool=fallback.pool)
-    for runner in (loaded.runner, loaded.draft_runner):
-        if runner is not None:
-            runner.release()
+    loaded.runner.release()
+    if loaded.drafter is not None:
+        loaded.drafter.release()
     options = runner_options(settings, sized)
     runner = runner_over_new_store(loaded.runner, model, options)
     decided = settings.model_copy(update={"step": sized.step, "cache": sized.cache})
-    guessing = load_guessing(decided, model, loaded.draft, runner, options, loaded=loaded.draft_runner)
-    drafts = None if guessing is None or guessing.drafter is None else guessing.drafter.runner
+    draft = None if loaded.draft is None else with_codec(loaded.draft, fallback.codec)
+    guessing = load_guessing(decided, model, draft, runner, options, loaded=loaded.drafter)
+    drafter = None if guessing is None else guessing.drafter
     facts = replace(model_facts(settings, model, loaded.fingerprint), fell_back_from=before)
-    again = replace(loaded, model=model, runner=runner, draft_runner=drafts, sized=sized)
+    again = replace(loaded, model=model, draft=draft, runner=runner, drafter=drafter, sized=sized)
     return assembled(settings, clock, again, facts, guessing)
 
 

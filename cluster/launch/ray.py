@@ -276,8 +276,8 @@ class _BuildWorker:
         prepare_process()
         update: dict[str, object] = {"model_directory": str(located_on_node(self._settings.model_directory))}
         guesses = self._settings.speculation
-        if guesses.draft_model is not None:
-            draft = str(located_on_node(guesses.draft_model, "speculation.model"))
+        if guesses.checkpoint is not None:
+            draft = str(located_on_node(guesses.checkpoint, "speculation.model"))
             update["speculation"] = guesses.model_copy(update={"model": draft})
         return WorkerProcess(self._settings.model_copy(update=update))
 

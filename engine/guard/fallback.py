@@ -21,7 +21,7 @@ class CacheBytes:
 
     codec: str  # as --kv-cache-dtype names it
     own: int  # of the served model
-    beside: int = 0  # of a draft model, whose codec does not change
+    beside: int = 0  # of a draft model, whose codec does not change, or of a head, which has the served model's
 
     @property
     def per_token(self) -> int:

@@ -11,49 +11,49 @@ from collections.abc import Sequence as Series
 
 from ...core.request import SequenceKey
 from ..cache_manager import KvCacheManager
-from ..plan import StepPlan, StepResult
+from ..plan import SequenceStep, StepPlan, StepResult
 from ..sequence import Sequence
 from .draft_model.plan import DraftPlan
-from .draft_model.planner import DraftPlanner
 from .drafting import Drafting
 from .length import DraftLength
 from .pace import DraftPace
+from .planner import GuessPlanner
 from .proposer import StartProposer
 
 
 class Speculation:
     """Guesses for all sequences of one engine."""
 
-    def __init__(self, start: StartProposer | DraftPlanner, most: int, name: str = "ngram") -> None:
-        """`start` makes each sequence's proposer; or one model guesses for all.
+    def __init__(self, start: StartProposer | GuessPlanner, most: int, name: str = "ngram") -> None:
+        """`start` makes each sequence's proposer; or one model, or heads, guess for all.
 
         `most`: guessed tokens per sequence and step (`num_speculative_tokens`). `name`: the proposer's, for counters
         and reports: its method in the configuration.
         """
         assert most >= 1, most
-        self._planner = start if isinstance(start, DraftPlanner) else None
-        self._start = start if not isinstance(start, DraftPlanner) else lambda key, params: start.start(params)
+        self._planner = start if isinstance(start, GuessPlanner) else None
+        self._start = start if not isinstance(start, GuessPlanner) else lambda key, params: start.start(params)
         self._most, self._name = most, name
         self._pace = DraftPace()
         self._is_on = False  # in the step that is planned
 
     @property
-    def draft_model(self) -> DraftPlanner | None:
-        """The planner of the draft model's work; None: no model guesses."""
+    def planner(self) -> GuessPlanner | None:
+        """The planner of what a draft model or heads compute; None: the core guesses itself."""
         return self._planner
 
     def begin(
         self, decodes: Series[Sequence], rows: int, holdings: KvCacheManager, num_promised: int
     ) -> DraftPlan | None:
-        """Decide whether a step's decodes get guesses; returns what a draft model must compute for them before.
+        """Decide whether a step's decodes get guesses; returns what a draft model or heads compute before.
 
         The arguments are those of `drafts`, which follows. A plan that nobody computes gives no guess.
         """
         self._is_on = bool(decodes) and rows > 0 and self._pace.begins(len(decodes))
-        if self._planner is None or not self._is_on:
+        if self._planner is None:
             return None
         wishes: list[tuple[Sequence, int]] = []
-        for sequence in decodes:
+        for sequence in decodes if self._is_on else ():
             most = min(rows, self._room(sequence, holdings, num_promised))
             most = min(most, self._drafting(sequence).length.at(sequence.num_generated)) if most > 0 else 0
             if most > 0:
@@ -61,7 +61,7 @@ class Speculation:
                 wishes.append((sequence, most))
                 rows -= most
         plan = self._planner.plan(wishes)
-        if plan is not None and plan.catch_up.sequences:
+        if self._is_on and plan is not None and plan.catch_up.sequences:
             self._pace.postpone(len(decodes))
         return plan
 
@@ -83,6 +83,12 @@ class Speculation:
                 drafts[sequence.key] = ids
                 rows -= len(ids)
         return drafts
+
+    def computed(self, sequence: Sequence, step: SequenceStep) -> None:
+        """Tell that a step computed rows of a sequence, which has taken its tokens and goes on."""
+        if self._planner is not None:
+            self._drafting(sequence)
+            self._planner.computed(sequence, step)
 
     def observe(self, plan: StepPlan, result: StepResult, took_ms: float) -> None:
         """Add the duration of a step. Steps that compute prompts tell nothing about guesses."""

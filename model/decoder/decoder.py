@@ -13,6 +13,7 @@ Source: Llama (Touvron et al. 2023); Gemma 2 (2024) for the second norms; DeepSe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from ..weights.weights import (
 from .delta import StepStates, mix_delta
 from .experts import mix_experts
 from .latent import attend_latent
-from .native_stack import NativeStack
+from .native_stack import NativeStack, Taps
 from .rope import rotary_table
 
 
@@ -49,6 +50,7 @@ class Hidden(NamedTuple):
     rows: Tensor  # [padded rows, hidden] compute dtype
     non_finite: Tensor  # [padded rows] int32: vectors of keys and values that were not finite, of all layers and ranks
     num_refused: int | None = None  # sum of `non_finite`, if it is known without reading it
+    taps: Tensor | None = None  # [padded rows, len(taps) * hidden]: the residual stream before some layers
 
 
 class Decoder:
@@ -79,22 +81,38 @@ class Decoder:
         """True if one native call computes all layers."""
         return self._stack is not None
 
-    def hidden(self, batch: StepBatch, store: KvStore) -> Hidden:
-        """Run all layers over a step's rows and store their keys and values."""
+    def hidden(self, batch: StepBatch, store: KvStore, taps: Sequence[int] = ()) -> Hidden:
+        """Run all layers over a step's rows and store their keys and values.
+
+        `taps`: layers before which the residual stream of all rows is kept, ascending; the number of layers: after the
+        last one, for which `batch.read_rows` must be all rows.
+        """
+        return self.through(embedded(self.weights.embedding, batch.token_ids, self.spec), batch, store, taps=taps)
+
+    def through(
+        self, x: Tensor, batch: StepBatch, store: KvStore, h: Tensor | None = None, *, taps: Sequence[int] = ()
+    ) -> Hidden:
+        """As `hidden`, of a residual stream x [rows, hidden], which may be overwritten.
+
+        `h` [rows, width of the first layer's attention]: what that attention takes instead of the normalised x.
+        """
         ops, layers = self.ops, self.weights.layers
-        x = embedded(self.weights.embedding, batch.token_ids, self.spec)  # [rows, hidden]
         angles = [tuple(t.index_select(0, batch.positions) for t in table) for table in self._tables]
-        if self._stack is not None:
-            non_finite, refused = self._stack.run(x, angles, batch, store)
+        kept: list[Tensor] = []
+        if self._stack is not None and h is None and not (taps and batch.adapters):
+            non_finite, refused = self._stack.run(x, angles, batch, store, Taps(taps, kept))
             if self._ranks.size == 1:
-                return Hidden(x, non_finite, refused)
+                return Hidden(x, non_finite, refused, joined(kept))
             return Hidden(x, self._ranks.all_reduce(non_finite))
         rotations = [Rotation(batch.positions, *table) for table in self._tables]
         births = store.births(batch.slots)
         non_finite = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-        h = ops.rms_norm(x, layers[0].attention_norm)
+        if h is None:
+            h = ops.rms_norm(x, layers[0].attention_norm)
         for index, (layer, shape) in enumerate(zip(layers, self.spec.layers, strict=True)):
             changes, cached = LayerChanges(ops, batch.adapters, index), self._cache_layers[index]
+            if index in taps:
+                kept.append(x.clone())  # the ops may reuse its memory
             if cached is None:
                 delta = self._recur(h, layer, index, batch, store)
             else:
@@ -116,7 +134,9 @@ class Decoder:
                 x, h = ops.add_rms_norm(x, delta, layers[index + 1].attention_norm)
             else:
                 x = x + delta
-        return Hidden(x, self._ranks.all_reduce(non_finite))
+        if len(layers) in taps:
+            kept.append(x)
+        return Hidden(x, self._ranks.all_reduce(non_finite), taps=joined(kept))
 
     def logits(self, rows: Tensor) -> Logits:
         """Logits of rows [n, hidden] of the residual stream; n is a multiple of `ops.row_multiple`."""
@@ -163,6 +183,11 @@ class Decoder:
         else:
             gated = self.ops.gated_linear(h, weights.gate_up, activation)
         return changes.add("down", self.ops.linear(gated, weights.down), gated)
+
+
+def joined(kept: Sequence[Tensor]) -> Tensor | None:
+    """Rows of several residual streams side by side; None: there are none."""
+    return kept[0] if len(kept) == 1 else torch.cat(tuple(kept), dim=1) if kept else None
 
 
 def embedded(table: Tensor, token_ids: Tensor, spec: ModelSpec) -> Tensor:

@@ -42,6 +42,13 @@ _PLACES: dict[MatrixName, int] = {
 Angles = list[tuple[Tensor, ...]]  # per rope: cos and sin [rows, half] float32
 
 
+class Taps(NamedTuple):
+    """Places at which copies of the residual stream of all rows are kept."""
+
+    layers: Sequence[int]  # before these, ascending; the number of layers: after the last
+    kept: list[Tensor]  # receives [rows, hidden] for each
+
+
 class _Rows(NamedTuple):
     """Rows of a step between layers. The last two fields are None if keys and values are stored already."""
 
@@ -88,21 +95,38 @@ class NativeStack:
         takes = {part.dtype for layer in weights.layers for part in _linears(layer)}
         return NativeStack(spec, weights, ops, group) if takes == {ops.dtype} else None
 
-    def run(self, x: Tensor, angles: Angles, batch: StepBatch, store: KvStore) -> tuple[Tensor, int]:
+    def run(
+        self,
+        x: Tensor,
+        angles: Angles,
+        batch: StepBatch,
+        store: KvStore,
+        taps: Taps | None = None,
+    ) -> tuple[Tensor, int]:
         """Run all layers over rows x [rows, hidden], in place: x becomes the residual stream.
 
         Returns `non_finite` of `Hidden` and its sum. For rows outside `batch.read_rows` the last layer computes
         only keys and values, and their x is undefined.
+
+        With `taps` there are several calls of the kernels, which give the same bits; the step has no adapters then.
         """
         layers = self._layers.get(store)
         if layers is None:
             layers = self._layers[store] = self._describe(store)
         non_finite = torch.zeros(len(x), dtype=torch.int32)
         rows = _Rows(x, angles, batch.attention, batch.slots, non_finite, batch.adapters)
-        read = batch.read_rows
+        read, before, above = batch.read_rows, 0, layers
+        taps = taps or Taps((), [])
+        if taps.layers:
+            assert not batch.adapters, "adapters are found by the number of the layer in the call"
+            before, above = self._tap(layers, rows, taps)
         if not self._splits or len(read) == batch.num_rows or batch.adapters:
-            return non_finite, self._run(layers, rows, native.WHOLE)
-        refused = self._run(layers, rows, native.KEYS_ONLY)
+            refused = before + self._run(above, rows, native.WHOLE)
+            if len(layers) in taps.layers:
+                taps.kept.append(x.clone())
+            return non_finite, refused
+        assert len(layers) not in taps.layers, "the last layer computes some rows only"
+        refused = before + self._run(above, rows, native.KEYS_ONLY)
         if read:
             last = (native.Layer * 1)(layers[len(layers) - 1])
             places = torch.tensor(read, dtype=torch.int64)
@@ -112,6 +136,20 @@ class NativeStack:
             self._run(last, rows, native.QUERIES_ONLY)
             x[places] = spoken
         return non_finite, refused
+
+    def _tap(
+        self, layers: ctypes.Array[native.Layer], rows: _Rows, taps: Taps
+    ) -> tuple[int, ctypes.Array[native.Layer]]:
+        """Run the layers below the highest tap, and keep x there; returns the sum of `_run`, and the other layers."""
+        start, refused = 0, 0
+        for tap in taps.layers:
+            if tap == len(layers):
+                break
+            if tap > start:
+                refused += self._run(_part(layers, start, tap), rows, native.WHOLE)
+                start = tap
+            taps.kept.append(rows.x.clone())
+        return refused, _part(layers, start, len(layers))
 
     def _run(self, layers: ctypes.Array[native.Layer], rows: _Rows, last_layer: int) -> int:
         """Run the layers; returns the number of vectors of keys and values that were not finite."""
@@ -185,6 +223,10 @@ class NativeStack:
             to.scale, to.softcap = attention.scale, attention.softcap or 0.0
             to.window, to.rope = shape.window or 0, shape.rope
         return layers
+
+
+def _part(layers: ctypes.Array[native.Layer], start: int, end: int) -> ctypes.Array[native.Layer]:
+    return (native.Layer * (end - start))(*layers[start:end])
 
 
 def _by_place(adapter: LoadedAdapter) -> dict[int, Change]:

@@ -72,7 +72,10 @@ def test_the_example_file_is_valid():
         ({"router.internal_host": "0.0.0.0"}, ["router.internal_host", "0.0.0.0", "--insecure"]),
         ({"router.port": 9000, "router.grpc_port": 9000}, ["must differ"]),
         ({"step.max_num_batched_tokens": 16, "cache.block_size": 64}, ["max_num_batched_tokens", "at least"]),
-        ({"speculation": {"method": "eagle3"}}, ["speculation.method", "'eagle3' is not served yet", "ngram"]),
+        (
+            {"speculation": {"method": "eagle"}},
+            ["speculation.method", "'eagle' is not served yet", "eagle3"],
+        ),
         ({"speculation": {"num_speculative_tokens": 5}}, ["method is not given", "num_speculative_tokens"]),
         (
             {"speculation": {"method": "ngram", "num_speculative_tokens": 0}},
@@ -82,7 +85,12 @@ def test_the_example_file_is_valid():
         ({"speculation": {"method": "ngram", "prompt_lookup_max": 1}}, ["prompt_lookup_min is 2", "prompt_lookup_max"]),
         ({"speculation": {"method": "ngram", "num_speculativ_tokens": 4}}, ["did you mean 'num_speculative_tokens'"]),
         ({"speculation": {"method": "draft_model"}}, ["model is not given", "checkpoint"]),
-        ({"speculation": {"method": "ngram", "model": "x"}}, ["model is a setting of draft_model", "ngram"]),
+        ({"speculation": {"method": "mtp", "model": "x"}}, ["model is a setting of draft_model", "method is mtp"]),
+        ({"speculation": {"method": "medusa"}}, ["method is medusa", "model is not given", "the heads'"]),
+        (
+            {"speculation": {"method": "ngram", "model": "x"}},
+            ["model is a setting of draft_model", "eagle3, and"],
+        ),
         ({"speculation": {"model": "x", "prompt_lookup_max": 9}}, ["prompt_lookup_max is a setting of ngram"]),
         ({"speculation": {"model": "x"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel", "draft_model"]),
         ({"speculation": {"method": "ngram"}, "cluster.tensor_parallel_size": 2}, ["2 tensor-parallel ranks", "ngram"]),
@@ -327,8 +335,8 @@ def test_speculation_is_off_unless_it_is_asked_for_by_vllms_flag_or_by_the_envir
         *(4, 2),
     )
     named = config_from({"speculative_config": '{"model": "bundled"}'}).speculation  # as in vLLM
-    assert (named.method, named.draft_model) == ("draft_model", "bundled")
-    assert given.draft_model is None
+    assert (named.method, named.checkpoint) == ("draft_model", "bundled")
+    assert given.checkpoint is None
     names = {"TWOSTROKE__SPECULATION__METHOD": "ngram", "TWOSTROKE__SPECULATION__PROMPT_LOOKUP_MIN": "3"}
     assert load_config(environment=names).speculation.prompt_lookup_min == 3
 

@@ -372,7 +372,7 @@ def test_blocks_hold_what_they_are_said_to_hold_in_any_schedule(seed):
             assert room.tokens.get(name, []) == text[: len(room.tokens.get(name, []))]
         else:
             assert room.tokens[name] == text
-    holdings = room.core._scheduler.draft_model.holdings
+    holdings = room.core._scheduler.guess_planner.holdings
     assert room.pool.num_live == holdings.pool.num_live == 0
     holdings.check_integrity([])
     assert room.core.counters["draft_model_draft_tokens"] > 0

@@ -63,7 +63,7 @@ def counted(room, what):
 
 
 def planner(room):
-    return room.core._scheduler.draft_model
+    return room.core._scheduler.guess_planner
 
 
 def is_all_free(room):
@@ -315,4 +315,4 @@ async def test_in_the_engines_thread_a_draft_model_guesses_and_its_failure_fails
     assert {one.reason for one in ended.values()} == {FinishReason.LENGTH}
     assert (core.counters["draft_model_failures"] > 0) == raises
     assert core.counters["draft_model_draft_tokens"] > 0
-    assert core._scheduler.draft_model.holdings.pool.num_live == 0
+    assert core._scheduler.guess_planner.holdings.pool.num_live == 0

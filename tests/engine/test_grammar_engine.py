@@ -213,4 +213,4 @@ def test_guesses_of_a_draft_model_change_no_token_of_a_grammar(make_room, write_
         assert told(room, command.key.request_id) == told(plain, command.key.request_id)
     counters = room.core.counters
     assert 0 < counters["draft_model_accepted_tokens"] < counters["draft_model_draft_tokens"]
-    assert room.core._scheduler.draft_model.holdings.pool.num_live == 0
+    assert room.core._scheduler.guess_planner.holdings.pool.num_live == 0

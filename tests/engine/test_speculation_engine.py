@@ -225,8 +225,8 @@ def test_a_draft_whose_keys_are_not_finite_is_as_if_it_was_wrong(runner, monkeyp
     room.step()
     original = type(runner._decoder).hidden
 
-    def hidden(self, batch, store):
-        found = original(self, batch, store)
+    def hidden(self, batch, store, taps=()):
+        found = original(self, batch, store, taps)
         if len(batch.sampled) > 2:
             found.non_finite[2] = 1  # the second draft's
             found = found._replace(num_refused=1)

@@ -15,6 +15,7 @@ import planted_engine
 import planted_fetching
 import planted_gpu
 import planted_handover
+import planted_heads
 import planted_int4
 import planted_kv
 import planted_models
@@ -147,6 +148,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "engine/step_times": ("tests/engine/test_step_times.py",),
     "engine/speculation/draft_model/": ("tests/engine/test_draft_model.py",),
+    "engine/speculation/heads/": ("tests/engine/test_heads_planners.py",),
+    "model/heads/drawing": ("tests/model/test_guess_drawing.py",),
+    "model/heads/layered": ("tests/engine/test_eagle3_engine.py",),
+    "model/heads/resolved": ("tests/worker/test_codec_fallback.py",),
+    "model/heads/": ("tests/engine/test_medusa_engine.py",),
+    "worker/codec/": ("tests/worker/test_codec_fallback.py",),
+    "checkpoint/heads/": ("tests/model/test_heads.py",),
     "engine/speculation/": ("tests/engine/test_speculation.py", "tests/engine/test_draft_model.py"),
     "model/drafter": ("tests/engine/test_draft_model_engine.py",),
     "text/same_tokens": ("tests/text/test_same_tokens.py",),
@@ -381,6 +389,7 @@ MUTANTS = [
     *planted_adoption.MUTANTS,
     *planted_speculation.MUTANTS,
     *planted_draft_model.MUTANTS,
+    *planted_heads.MUTANTS,
     *planted_models.MUTANTS,
     *planted_states.MUTANTS,
     *planted_windows.MUTANTS,

@@ -9,12 +9,16 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+from support.checkpoints.heads import worker_with_heads
 from support.clusters.real_cluster import real_cluster
 
 from twostroke.cli.status import guards_of
 from twostroke.core.request import Request, Role, SamplingParams
 from twostroke.core.timeline import Timeline
+from twostroke.engine.speculation.pace import DraftPace
+from twostroke.kv.codec import Codec
 from twostroke.kv.config import CacheConfig
+from twostroke.worker import speculation
 from twostroke.worker.codec import fallback as driver
 
 SIZES = {"tokens": 8192, "frame_bytes": 8192}
@@ -126,6 +130,54 @@ async def test_past_the_bound_requests_are_answered_as_by_a_bfloat16_cache(
                 assert [plane() for plane in planes] == [None] * len(planes)
     assert answers["int8"] != answers["bfloat16"]
     assert answers["meanwhile"] == answers["after"] == answers["bfloat16"]
+
+
+@pytest.fixture(params=["medusa", "eagle3"])
+def heads(tiny_checkpoint, tmp_path, monkeypatch, request):
+    """Settings of a worker with heads that always guess: whether guessing pays, measured step times say."""
+    monkeypatch.setattr(DraftPace, "begins", lambda *_: True)
+    monkeypatch.setattr(DraftPace, "is_on", lambda *_: True)
+    return worker_with_heads(request.param, tiny_checkpoint, tmp_path)
+
+
+async def test_heads_guess_on_over_the_wider_cache_and_are_not_read_again(
+    start_worker, make_prompt, heads, monkeypatch
+):
+    method = heads["speculation"].method
+    async with real_cluster(start_worker) as cluster:
+        await cluster.add(
+            Role.COMBINED,
+            worker_id="w",
+            model_directory=heads["model_directory"],
+            cache=CacheConfig(**SIZES, dtype="bfloat16"),
+        )
+        plain = await cluster.generate(request(cluster, "plain", make_prompt(60)))
+    async with real_cluster(start_worker) as cluster:
+        worker = await cluster.add(Role.COMBINED, worker_id="w", cache=WATCHED, **heads)
+        before, size = worker.room.loaded, worker.room.pool_size
+        stores = [before.runner.store, *([before.drafter.store] if method == "eagle3" else [])]
+        planes = [weakref.ref(each) for store in stores for each in store.components]
+        for loads in ("load_medusa_weights", "load_eagle3_head"):
+            monkeypatch.delattr(speculation, loads)
+        await cluster.generate(request(cluster, "first", make_prompt(60)))
+        exceed(worker)
+        await until(lambda: told(cluster).get("changes_codec_to"))
+        assert await cluster.generate(request(cluster, "later", make_prompt(60))) == plain
+        guessed = cluster.flow.explain("tenant", "later")["speculation"]
+        assert (told(cluster)["cache_codec"], guessed["proposers"]) == ("bfloat16", [method])
+        assert guessed["draft_tokens"] > 0
+        after = worker.room.loaded
+        layers = [after.runner.store.spec.main]
+        if method == "eagle3":
+            assert after.drafter.head is before.drafter.head
+            assert after.drafter.store.num_blocks == after.runner.store.num_blocks
+            layers.append(after.drafter.store.spec.main)
+        assert {component.codec for layer in layers for component in layer.components} == {Codec.BF16}
+        per_token = sum(layer.bytes_per_token for layer in layers)
+        assert worker.room.pool_size.num_blocks == size.pool_bytes // (per_token * size.block_tokens)
+        assert worker.room.pool_size.pool_bytes == worker.room.pool_size.num_blocks * per_token * size.block_tokens
+        gc.collect()
+        assert [plane() for plane in planes] == [None] * len(planes)
 
 
 async def test_a_running_stream_ends_on_its_codec_and_later_ones_find_none_of_its_blocks(start_worker, make_prompt):

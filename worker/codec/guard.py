@@ -12,6 +12,7 @@ from ...engine.guard.machine import CodecGuard, GuardLimits
 from ...kv.config import CacheConfig
 from ...kv.sizing import PoolSize
 from ...model.codec_guard import WIDE, CodecScorer
+from ...model.heads.resolved import Drafts, with_codec
 from ...model.resolved import ResolvedModel
 from ...model.runner import Runner
 from ..automatic import SizedWorker
@@ -27,20 +28,25 @@ class Fallback:
     pool: PoolSize
 
 
-def fallback_of(model: ResolvedModel, draft: ResolvedModel | None, sized: SizedWorker) -> Fallback | None:
+def fallback_of(model: ResolvedModel, draft: Drafts | None, sized: SizedWorker) -> Fallback | None:
     """The fall-back that the settings want. None: they want none, or there is no room for it, which is logged."""
     cache = sized.cache
     if not cache.guarded_tokens or cache.guard_action != "fallback" or model.spec.delta is not None:
         return None
-    beside = 0 if draft is None else draft.kv_spec.bytes_per_token
-    before = CacheBytes(model.codec, model.kv_spec.bytes_per_token, beside)
-    after = CacheBytes(WIDE, model.spec.kv_spec(WIDE).bytes_per_token, beside)
+    before = CacheBytes(model.codec, model.kv_spec.bytes_per_token, _bytes_beside(draft, model.codec))
+    after = CacheBytes(WIDE, model.spec.kv_spec(WIDE).bytes_per_token, _bytes_beside(draft, WIDE))
     pool = wider_pool(sized.pool, before, after)
     why = why_not(pool, model.max_model_len)
     if why:
         _log.warning("past cache.guard_bound this worker can only report, and not fall back to %s: %s", WIDE, why)
         return None
     return Fallback(WIDE, pool)
+
+
+def _bytes_beside(draft: Drafts | None, codec: str) -> int:
+    """Bytes of a token in the pool of what guesses beside a model whose cache has this codec."""
+    group = None if draft is None else with_codec(draft, codec).beside.group
+    return 0 if group is None else group.bytes_per_token
 
 
 def codec_guard(

@@ -15,11 +15,12 @@ from ...plan import StepPlan
 
 
 class DraftPlan(NamedTuple):
-    """Rows that the draft model computes, in its own blocks. At least one of both parts has sequences."""
+    """Rows that a draft model or heads compute, in blocks of their own. At least one of both parts has sequences."""
 
     catch_up: StepPlan  # rows whose KV is missing; nothing is sampled
     guesses: StepPlan  # last rows of the sequences that get guesses
     lengths: tuple[int, ...]  # tokens to guess for each of these, at least 1; block tables cover their rows
+    ahead: tuple[int, ...] = ()  # of heads with keys and values, per sequence of both parts: see `layer_planner.py`
 
 
 class DraftResult(NamedTuple):

@@ -34,7 +34,7 @@ class DraftBounds:
 
 
 class DraftPlanner:
-    """Plans the draft model's work for all sequences of one engine."""
+    """Implements `GuessPlanner`: plans the draft model's work for all sequences of one engine."""
 
     def __init__(self, bounds: DraftBounds, holdings: DraftHoldings, catch_up: CatchUp) -> None:
         self.holdings = holdings
@@ -55,6 +55,13 @@ class DraftPlanner:
         if proposer is not None:
             proposer.settle(sequence.tokens)
             self.holdings.publish(sequence, proposer)
+
+    def computed(self, sequence: Sequence, step: SequenceStep) -> None:
+        """Implements `GuessPlanner.computed`: a draft model needs no rows of the target."""
+
+    def caught_up(self, num_tokens: int, took_ms: float) -> None:
+        """Implements `GuessPlanner.caught_up`: it bounds the next chunks."""
+        self.catch_up.observe(num_tokens, took_ms)
 
     def plan(self, wishes: Iterable[tuple[Sequence, int]]) -> DraftPlan | None:
         """Plan for sequences and the most tokens to guess for each. None: there is nothing to compute."""
