@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -223,12 +224,12 @@ async def demo(launcher: str) -> int:
         "cluster.launcher": launcher,
         "router.local_prefill": False,
     }
-    apart = load_config(flags={**two_and_two, **threads})
+    apart = load_config(environment=os.environ, flags={**two_and_two, **threads})
     async with serving(apart, f"2 prefill + 2 decode workers + 1 router ({launcher})") as supervisor:
         all_asked = await traffic(supervisor)
     show_table(all_asked)
     alone = {"cluster.prefill": 0, "cluster.decode": 1, "cluster.launcher": "process", "cache.prefix_caching": False}
-    whole = load_config(flags={**alone, **threads})
+    whole = load_config(environment=os.environ, flags={**alone, **threads})
     different = await in_one_piece(whole, all_asked)
     for line in different:
         console.print(f"[red]differs[/red]  {line}", markup=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -156,7 +157,8 @@ def _keep_to_isa() -> None:
     isa = os.environ.get("TWOSTROKE_BENCH_ISA")
     if isa:
         library = native.Library(build((f"-march={isa}",)))
-        native.load = lambda: library  # type: ignore[assignment]
+        native.load = functools.cache(lambda: library)
+        native.load()
 
 
 def _weight_bytes(quantization: str) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .commands import POLL_S, CommandFailed, Commands, CommandsStopped
+from .commands import POLL_S, CommandFailed, Commands, CommandsLate, CommandsStopped
 from .folder import forget_empty_folder, library_folder, take_lock
 
 SOURCES = tuple(  # longest compile first, so that all cores end together
@@ -54,11 +54,12 @@ FLAGS = (
     "-fno-math-errno",
     "-w",
 )
-_BUILD_S = 300
+_FILE_S = 600  # longest time in which no file is done
+_LOCK_S = 4 * _FILE_S  # longest wait for the build of another process
 _CHECK = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).twostroke_self_check())"
 
 Progress = Callable[[int, int], None]
-"""Called with the number of compiled sources and the number of all sources."""
+"""Called with the number of compiled sources and the number of all sources; (0, 0): another process builds them."""
 
 _builds: set[Commands] = set()  # running in this process
 _leaving: list[int] = []  # the signal that ends this process, while a build stops
@@ -70,6 +71,10 @@ class NativeUnavailable(Exception):
 
 class BuildStopped(NativeUnavailable):
     """`stop_building` was called."""
+
+
+class BuildLate(NativeUnavailable):
+    """The machine is too busy. Fewer instruction sets would not be compiled faster."""
 
 
 def built_library(progress: Progress | None = None) -> Path:
@@ -93,6 +98,8 @@ def _outcome(progress: Progress | None) -> Path | str:
             return build(machine_flags, progress)
         except BuildStopped:
             raise
+        except BuildLate as error:
+            return str(error)
         except NativeUnavailable as error:
             failure = failure or str(error)
     return failure
@@ -112,19 +119,21 @@ def found_library() -> Path | None:
 def build(machine_flags: tuple[str, ...], progress: Progress | None = None) -> Path:
     """`built_library` for the flags of a given machine: tests build for older machines too."""
     compiler = find_compiler()
-    name, commands = _name(compiler, machine_flags), Commands(_BUILD_S)
+    name, commands = _name(compiler, machine_flags), Commands(_FILE_S)
     built = library_folder() / f"{name}.so"
     if built.exists():  # it came there whole; the lock may be held for minutes by a build of other sources
         return built
     _builds.add(commands)
     try:
-        with _locked_cache(commands) as directory:  # a second process finds the library built
+        with _locked_cache(commands, progress) as directory:  # a second process finds the library built
             library = directory / f"{name}.so"
             if not library.exists():
                 _compile(compiler, machine_flags, library, commands, progress)
             return library
     except CommandsStopped as error:
         raise BuildStopped(f"building the native kernels was given up: {error}") from None
+    except CommandsLate as error:
+        raise BuildLate(f"building the native kernels was given up: {error}") from None
     except (CommandFailed, OSError) as error:
         raise NativeUnavailable(f"building the native kernels failed: {error}") from None
     finally:
@@ -166,13 +175,14 @@ def _machine_flags() -> list[tuple[str, ...]]:
 
 
 @contextmanager
-def _locked_cache(commands: Commands) -> Iterator[Path]:
+def _locked_cache(commands: Commands, progress: Progress | None) -> Iterator[Path]:
     """The cache's folder, locked for this process. Waits for the lock as long as a build and its self-test may take.
 
     Raises:
-        CommandFailed: another process held the lock too long, or `stop_building` was called.
+        CommandsLate: another process held the lock too long.
+        CommandsStopped: `stop_building` was called.
     """
-    give_up_s = time.monotonic() + 2 * _BUILD_S
+    give_up_s, waits = time.monotonic() + _LOCK_S, False
     while True:
         directory = library_folder()
         with (directory / "lock").open("w") as lock:
@@ -180,7 +190,10 @@ def _locked_cache(commands: Commands) -> Iterator[Path]:
                 yield directory
                 return
         if time.monotonic() > give_up_s:
-            raise CommandFailed(f"another process has held {directory / 'lock'} for {2 * _BUILD_S} s")
+            raise CommandsLate(f"another process has held {directory / 'lock'} for {_LOCK_S} s")
+        if progress is not None and not waits:
+            progress(0, 0)
+        waits = True
         commands.check_wanted()
         time.sleep(0.1)
 
@@ -252,7 +265,10 @@ def _main() -> None:
         threading.Thread(target=_outlive, args=(int(sys.argv[1]),), daemon=True).start()
 
     def show(num_done: int, total: int) -> None:
-        what = "compiling native kernels for this CPU (about 20 s)"
+        if not total:
+            print("waiting for another process, which compiles native kernels for this CPU", flush=True)
+            return
+        what = "compiling native kernels for this CPU (about 20 s where nothing else runs)"
         print(f"{what} … {num_done} of {total} files", flush=True)
 
     try:

@@ -28,6 +28,10 @@ class CommandsStopped(CommandFailed):
     """`Commands.stop` was called."""
 
 
+class CommandsLate(CommandFailed):
+    """No command ended for too long, so the machine is too busy; others would take as long."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Running:
     process: subprocess.Popen[bytes]
@@ -38,8 +42,9 @@ class Commands:
     """Commands of one build. `run` is for one thread; `stop` may come from any other."""
 
     def __init__(self, timeout_s: float) -> None:
+        """`timeout_s`: longest time in which no command ends. A slow machine may take long for all of them."""
         self._timeout_s = timeout_s
-        self._began_s: float | None = None
+        self._moved_s: float | None = None  # when the first command was started, or the last one ended
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -50,12 +55,15 @@ class Commands:
         """Check that the build may continue.
 
         Raises:
-            CommandFailed: `stop` was called (CommandsStopped), or the first command was started too long ago.
+            CommandsStopped: `stop` was called.
+            CommandsLate: no command has ended for too long.
         """
         if self._stopped.is_set():
             raise CommandsStopped("it was stopped")
-        if self._began_s is not None and time.monotonic() - self._began_s > self._timeout_s:
-            raise CommandFailed(f"it was not done after {self._timeout_s:g} s")
+        if self._moved_s is not None and time.monotonic() - self._moved_s > self._timeout_s:
+            raise CommandsLate(
+                f"no file of it was done for {self._timeout_s:g} s; try again when the machine is less busy"
+            )
 
     def run(self, folder: Path, commands: Sequence[Sequence[str]], done: Callable[[int], None] | None = None) -> None:
         """Run all commands in `folder`, one per core at a time. `done` is called with the number that have succeeded.
@@ -63,7 +71,7 @@ class Commands:
         Raises:
             CommandFailed: all commands have ended. Temporary files may be left in `folder`, and nowhere else.
         """
-        self._began_s = time.monotonic() if self._began_s is None else self._began_s
+        self._moved_s = time.monotonic()
         waiting, running, num_done = list(commands), list[_Running](), 0
         try:
             while waiting or running:
@@ -73,6 +81,7 @@ class Commands:
                 for command in [command for command in running if command.process.poll() is not None]:
                     running.remove(command)
                     _check(command)
+                    self._moved_s = time.monotonic()
                     num_done += 1
                     if done is not None:
                         done(num_done)

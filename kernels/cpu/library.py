@@ -11,7 +11,7 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from .build import built_library
+from .build import NativeUnavailable, built_library, found_library
 
 FLOAT32, BFLOAT16, INT8, FP8, CODED, INT4, FLOAT16, E5M2, CHANNEL = range(9)
 WHOLE, KEYS_ONLY, QUERIES_ONLY = range(3)  # part of the last layer that a call computes
@@ -285,3 +285,11 @@ def load() -> Library:
         NativeUnavailable: as for `build.built_library`.
     """
     return Library(built_library())
+
+
+def load_built() -> Library | None:
+    """The library of this machine if it is built already, or None: nothing is compiled for it."""
+    try:
+        return load() if load.cache_info().currsize or found_library() is not None else None
+    except NativeUnavailable:
+        return None

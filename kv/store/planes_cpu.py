@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from ...kernels.cpu import library as native
-from ...kernels.cpu.build import NativeUnavailable
 from ...kernels.cpu.memory import take_memory
 from ...kernels.reference import Planes
 from ..block import BlockId
@@ -22,13 +21,6 @@ from ..spec import HASH_BLOCK_TOKENS, Component
 I64 = NDArray[np.int64]
 _TOUCHED_TOKENS = 32768  # per worker, in the blocks that a pool hands out first; their pages are mapped at the start
 _TOUCHED_BYTES = 256 << 20  # bound of the same, for one component's payload
-
-
-def _library() -> native.Library | None:
-    try:
-        return native.load()
-    except NativeUnavailable:
-        return None
 
 
 class HashBlocks:
@@ -58,7 +50,8 @@ class CpuPlanes:
         self.payload_view: U8 = self.payload.numpy()
         self.scales_view: U8 | None = None if self.scales is None else self.scales.numpy()
         self._touch(num_layers * component.heads * block_tokens * component.row_bytes)
-        self.library = _library() if component.row_bytes % 4 == 0 else None  # None: seals take copies
+        # None: seals take copies. Whoever wants the kernels for the model has built them before.
+        self.library = native.load_built() if component.row_bytes % 4 == 0 else None
         units = (num_layers, component.heads, num_blocks, block_tokens // HASH_BLOCK_TOKENS)
         self.digests: U64 = np.zeros(units, np.uint64)
         self._planes_by_key: dict[int, native.SealedPlanes] = {}

@@ -62,12 +62,27 @@ def test_files_are_compiled_one_by_one_and_nothing_but_the_library_stays(cache, 
 def test_a_library_that_is_there_waits_for_no_build_of_others(cache, tmp_path, monkeypatch):
     use_compiler(tmp_path, monkeypatch)
     library = build.build(("-DX",))
-    monkeypatch.setattr(build, "_BUILD_S", 0)
+    monkeypatch.setattr(build, "_LOCK_S", 0)
     with (cache / "lock").open("w") as lock:
         assert take_lock(lock)
         assert build.build(("-DX",)) == library
-        with pytest.raises(NativeUnavailable, match="another process has held"):
-            build.build(("-DY",))
+        seen = []
+        with pytest.raises(build.BuildLate, match="another process has held"):
+            build.build(("-DY",), lambda *told: seen.append(told))
+        assert seen in ([], [(0, 0)]), "it says once that it waits"
+
+
+@pytest.mark.skipif(REAL is None, reason="no C++ compiler")
+def test_a_build_that_is_too_slow_is_not_tried_again_with_fewer_instruction_sets(cache, tmp_path, monkeypatch):
+    use_compiler(tmp_path, monkeypatch, compile=f'echo "$@" >> {tmp_path}/calls; sleep 100 & wait')
+    monkeypatch.setattr(build, "_FILE_S", 5)
+    monkeypatch.setattr(build, "_machine_flags", lambda: [("-DX",), ("-DY",)])
+    build._outcome.cache_clear()
+    with pytest.raises(NativeUnavailable, match=r"no file of it was done for 5 s; try again"):
+        build.built_library()
+    build._outcome.cache_clear()
+    assert "-DY" not in (tmp_path / "calls").read_text()
+    assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
 @pytest.mark.skipif(REAL is None, reason="no C++ compiler")
