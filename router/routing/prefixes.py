@@ -131,7 +131,8 @@ class PrefixMap:
         slot = self._slot_by_worker.get(worker_id)
         if slot is None or slot.sequence is None:
             return False
-        if slot.in_snapshot or sequence != slot.sequence + 1 or (len(stored) + len(removed)) % IDENTITY_BYTES:
+        is_cut = len(stored) % IDENTITY_BYTES or len(removed) % IDENTITY_BYTES
+        if slot.in_snapshot or sequence != slot.sequence + 1 or is_cut:
             return self._gap(slot)
         slot.sequence = sequence
         for identity in _split(removed):
@@ -279,7 +280,8 @@ class PrefixMap:
             entries[identity] = None
             masks[identity] = masks.get(identity, 0) | bit
         slot.lacking.difference_update(listed)
-        slot.lacking.update(listed[place] for place in places_of(lacking) if place < len(listed))
+        bits = lacking[: -(-len(listed) // 8)]  # a worker may send more than it has names
+        slot.lacking.update(listed[place] for place in places_of(bits) if place < len(listed))
         self._num_entries += len(entries) - before
         if self._num_entries > self._max_entries:
             self._make_room()

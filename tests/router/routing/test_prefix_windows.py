@@ -149,3 +149,33 @@ def test_bits_name_the_lacking_ones():
     assert prefixes.snapshot("w", 1, b"".join(identities[:2]), True, lacking=b"\xff\xff", reach=Reach(16, 16))
     prefixes.check_integrity()
     assert prefixes.held(identities[:2]) == {"w": 0}, "bits of no identity are ignored"
+
+
+def test_bits_behind_the_last_identity_are_not_even_read():
+    class Endless(bytes):
+        def __iter__(self):
+            raise AssertionError("all bits are read")
+
+    prefixes, identities = PrefixMap(), named(4)
+    prefixes.join("w")
+    assert prefixes.snapshot("w", 1, b"".join(identities[:2]), True, lacking=Endless(b"\xff"), reach=Reach(16, 16))
+    assert prefixes.delta("w", 2, b"".join(identities[2:]), b"", lacking=Endless(b"\xff" * 9))
+    assert prefixes.held(identities) == {"w": 0}
+
+
+def test_identities_that_are_cut_are_a_gap():
+    prefixes, identities = PrefixMap(), named(4)
+    prefixes.join("w")
+    assert prefixes.snapshot("w", 1, b"".join(identities[:2]), True)
+    assert not prefixes.delta("w", 2, identities[2][:15], identities[0] + b"x"), "together they are whole"
+    assert prefixes.needs_snapshot("w")
+    prefixes.check_integrity()
+
+
+def test_what_is_dropped_for_the_bound_lacks_nothing_any_more():
+    prefixes, identities = PrefixMap(max_entries=8), named(12)
+    prefixes.join("w")
+    bits = bits_of(identities, frozenset(identities))
+    assert prefixes.snapshot("w", 1, b"".join(identities), True, lacking=bits, reach=Reach(16, 16))
+    assert prefixes.num_dropped
+    prefixes.check_integrity()
