@@ -334,6 +334,7 @@ class WorkerProcess:
         self.adapters.follow(self.dispatcher)
         self._metrics.describe_cache(room.facts, room.pool_size)
         await self._serve(room)
+        room.link.send(link.SetRole(self.role))  # it may have changed since the engine was begun
 
     async def abandon(self, room: BuiltEngine) -> None:
         """Give up an engine that did not become ready; another one takes its place."""

@@ -254,6 +254,31 @@ async def test_where_the_wider_pool_cannot_be_made_the_old_codec_goes_on(start_w
         assert "restart it with another --kv-cache-dtype" in guards_of(cluster.flow.cluster())[0]
 
 
+async def test_what_is_asked_of_a_worker_while_it_changes_its_new_engine_does(start_worker, monkeypatch, adapter):
+    rebuild, loop = driver.rebuild_engine, asyncio.get_running_loop()
+    async with real_cluster(start_worker) as cluster:
+        worker = await cluster.add(Role.DECODE, worker_id="w", cache=WATCHED, model=LORA)
+        loading = []
+
+        async def ask():
+            worker.set_role(Role.PREFILL)
+            loading.append(asyncio.create_task(worker.adapters.load("x", str(adapter))))
+            await asyncio.sleep(0)
+
+        def late(settings, *rest):
+            asyncio.run_coroutine_threadsafe(ask(), loop).result(TIMEOUT_S)
+            return rebuild(settings, *rest)
+
+        monkeypatch.setattr(driver, "rebuild_engine", late)
+        exceed(worker)
+        await until(lambda: told(cluster).get("fell_back_from"))
+        await until(lambda: worker.room.engine.core.policy == worker.room.engine.core._roles[Role.PREFILL])
+        assert told(cluster)["role"] == "prefill"
+        async with asyncio.timeout(TIMEOUT_S):
+            await loading[0]
+        assert [served.name for served in worker.adapters.table.served] == ["x"]
+
+
 async def test_a_worker_that_ends_while_it_changes_ends(start_worker):
     worker = await start_worker(Role.COMBINED, cache=WATCHED)
     exceed(worker)
