@@ -169,3 +169,5 @@ def test_who_takes_an_order_is_said_once_and_counts_as_an_end_does():
     assert outbox.is_full
     assert [taken.request_id for taken in outbox.take().taken] == ["r"]
     assert (outbox.is_full, outbox.take()) == (False, None)
+    outbox.add_taken(worker_pb2.OrderTaken(request_id="alone"))
+    assert [taken.request_id for taken in outbox.take().taken] == ["alone"]

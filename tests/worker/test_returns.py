@@ -101,10 +101,14 @@ async def test_what_does_not_come_is_computed(chat, monkeypatch, all_free, fault
     monkeypatch.setattr(FetchService, "_frames", treated)
     source = ("nobody", "127.0.0.1:1") if fault == "unreachable" else chat.holder
     if fault == "knows less":
-        told = await chat.second(source, blocks=len(chat.turn) // 16 + 9)
+        nobody = ("nobody", "127.0.0.1:1")
+        told = await chat.second(source, nobody, blocks=len(chat.turn) // 16 + 9)
+        assert chat.prefill.counters["fetch_short"] == 1, "so the next one is asked"
+        assert told.prefill_fetched_from == chat.decode.settings.worker_id
     else:
         told = await chat.second(source)
-    ends = {"unreachable": "empty", "breaks": "closed", "knows less": "short", "damaged": "corrupted"}
+    ends = {"unreachable": "empty", "breaks": "closed", "knows less": "empty", "damaged": "corrupted"}
+    assert chat.prefill.counters["fetch_corrupted"] == (2 if fault == "damaged" else 0), "it is asked once more"
     assert told.prefill_fetch_end == ends[fault]
     came = told.prefill_fetched_tokens
     most = HELD - PROMPT_TOKENS // 16 * 16
@@ -156,9 +160,12 @@ async def test_a_cancelled_request_gives_up_its_fetch(chat, monkeypatch, all_fre
         await asked.wait()
     await chat.hand.cancel("second")
     await answer.ended(WAIT_S)
+    counters = chat.prefill.counters
+    async with asyncio.timeout(WAIT_S):  # the cancellation is on its way
+        while chat.prefill.faces.prefill.num_running or not counters["prefill_returns_given_up"]:
+            await asyncio.sleep(0.01)
+    assert counters["prefill_returns_given_up"] == 1
     await all_free(chat.prefill, chat.decode)
-    assert chat.prefill.faces.prefill.num_running == 0
-    assert chat.prefill.counters["prefill_returns_given_up"] == 1
 
 
 async def test_an_address_that_is_none_ends_the_request_with_its_name(chat):

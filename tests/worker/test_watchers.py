@@ -113,3 +113,11 @@ async def test_who_reads_no_more_is_forgotten() -> None:
     assert len(made) == 1
     await events.aclose()  # type: ignore[attr-defined]
     assert len(made) == 0
+
+
+def test_each_piece_of_a_snapshot_says_which_of_its_own_blocks_lack_windows() -> None:
+    engine, made = watchers(piece_identities=2)
+    watcher = made.open()
+    engine.tell(CacheSnapshot(1, (A, B, C, D), (B, C)))
+    pieces = [event.snapshot for event in made.events(watcher)]
+    assert [(piece.identities, piece.lacking) for piece in pieces] == [(A + B, b"\2"), (C + D, b"\1")]

@@ -1,5 +1,6 @@
 """Suspects at workers that confirm orders: who is blamed for a loss, and who is not."""
 
+import pytest
 from support.fakes.list_router import MODEL, Router
 
 from twostroke.core import errors
@@ -237,6 +238,26 @@ def test_the_prefill_worker_that_began_is_the_one_that_the_decode_worker_named()
     assert run.suspicion is not None
 
 
+def test_the_one_after_a_prefill_worker_that_is_lost_may_compute_it_before_anybody_says_so() -> None:
+    router, run, peers = with_peers("p", "q")
+    router.taken(run, peers[0])
+    kill(router, peers[0])
+    kill(router, peers[1])
+    assert run.suspicion is not None
+    assert list(run.suspicion.workers) == peers
+
+
+def test_a_suspect_does_not_rest_because_a_prefill_worker_is_lost() -> None:
+    router, run, peers = with_peers("p", "q", "s")
+    kill(router, peers[0])
+    kill(router, peers[1])
+    router.join("e", role=Role.DECODE)
+    router.roster.leaving(WorkerKey("d", 1))
+    router.end(run, code="unavailable")
+    router.pass_s(0.0)
+    assert placed(run).worker_id == "e"
+
+
 def test_workers_of_this_release_confirm() -> None:
     assert CONFIRMS in CAPABILITIES
 
@@ -354,17 +375,42 @@ def test_who_was_cut_off_twice_is_guilty_of_nothing() -> None:
     assert (run.error, len(run.suspicion.workers)) == (None, 1)
 
 
+def falls_silent(router: Router) -> None:
+    """No worker says anything on its session any more; all announce themselves by another stream."""
+    for _ in range(25):
+        router.pass_s(0.1)
+        for worker in router.roster.fleet:
+            router.roster.announced(worker.facts, router.now_s)
+        router.roster.tick(router.now_s, 100)
+
+
 def test_a_worker_that_had_fallen_silent_may_have_hung_on_a_request() -> None:
     router = Router("a", capabilities=CONFIRMING)
     run = router.ask(sampling=LONG)
     router.tokens(run)
-    for _ in range(25):
-        router.pass_s(0.1)
-        (worker,) = router.roster.fleet
-        router.roster.announced(worker.facts, router.now_s)  # by another stream
-        router.roster.tick(router.now_s, 100)
+    falls_silent(router)
     assert run.suspicion is not None
     is_back(router, WorkerKey("a", 1))
     assert router.roster.fleet.lives(WorkerKey("a", 1))
     router.life.tick(router.now_s)
     assert run.suspicion is not None
+
+
+@pytest.mark.parametrize("is_next_silent", [True, False])
+def test_that_it_may_have_hung_there_is_known_after_the_next_loss_too(is_next_silent: bool) -> None:
+    router = Router("a", return_s=30.0, capabilities=CONFIRMING)
+    run = router.ask(sampling=LONG, timeout_s=60.0)
+    router.tokens(run)
+    falls_silent(router)
+    router.join("b")
+    router.pass_s(0.0)
+    assert placed(run).worker_id == "b"
+    if is_next_silent:
+        falls_silent(router)
+    else:
+        cut(router, WorkerKey("b", 1))
+    for name in ("a", "b"):
+        is_back(router, WorkerKey(name, 1))
+    router.life.tick(router.now_s)
+    assert run.suspicion is not None
+    assert [key.worker_id for key in run.suspicion.workers] == (["a", "b"] if is_next_silent else ["a"])
