@@ -63,4 +63,7 @@ MUTANTS = [
         "            self._lives.holdings.publish(sequence)  # what was written without a gap stays cached\n",
         "            pass\n",
     ),
+    Mutant(RETURNS, "            self._line.ended(fetched.end)\n", ""),
+    Mutant(RETURNS, "source.worker_id if num_tokens else self._came.source", "source.worker_id"),
+    Mutant(RETURNS, "FetchedBlocks(self._came.num_tokens + num_tokens, named", "FetchedBlocks(num_tokens, named"),
 ]

@@ -323,6 +323,10 @@ _LIVES = [
     Mutant("router/requests/lifecycle.py", "        forgive(active, self._fleet.lives)\n", ""),
     Mutant("router/routing/fleet.py", "worker.facts, reason, was_silent=worker.silent)]", "worker.facts, reason)]"),
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
+    Mutant("router/requests/suspects.py", "silent=(*run.suspicion.silent, key)", "silent=(key,)"),
+    Mutant("router/requests/suspects.py", "rests_s, old.silent)", "rests_s)"),
+    Mutant("router/requests/suspects.py", " and living.prefill not in lost:", ":"),
+    Mutant("router/requests/suspects.py", " and run.living is not None and run.living.decode == key:", ":"),
     Mutant("router/requests/suspects.py", "if living.prefill is not None and living.prefill not in lost:", "if False:"),
     Mutant("router/requests/choosing.py", "        if rests_until_s(run) > now_s:\n            return None\n", ""),
     Mutant(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mutant import Mutant
 
+PREFIXES = "router/routing/prefixes.py"
+
 MUTANTS = [
     Mutant("kv/windows.py", "        del found[:1]  #", "        pass  #"),
     Mutant("kv/windows.py", "max(0, begin - windowed.tokens + 1)", "max(0, begin - windowed.tokens + 100)"),
@@ -104,4 +106,12 @@ MUTANTS = [
     Mutant("router/requests/choosing.py", "usable[: (facts.prompt_tokens - 1) // HASH_BLOCK_TOKENS]", "usable[:]"),
     Mutant("router/requests/foretold.py", "if run.error is not None or len(run.dispatches)", "if len(run.dispatches)"),
     Mutant("router/requests/foretold.py", "winner.prefill.worker_id == report", "winner.prefill.worker_id != report"),
+    Mutant(
+        PREFIXES,
+        "slot.lacking.discard(identity)\n                self._clear(identity, slot.bit)\n            self.num",
+        "self._clear(identity, slot.bit)\n            self.num",
+    ),
+    Mutant(PREFIXES, "bits = lacking[: -(-len(listed) // 8)]", "bits = lacking"),
+    Mutant(PREFIXES, "len(stored) % IDENTITY_BYTES or len(removed)", "(len(stored) + len(removed))"),
+    Mutant("worker/watch.py", "lacking=bits_of(part, lacking)", "lacking=bits_of(identities, lacking)"),
 ]

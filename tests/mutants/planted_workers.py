@@ -164,6 +164,7 @@ _DECODE = [
     Mutant("decode_worker/outbox.py", " or output.taken else None", " else None"),
     Mutant("decode_worker/task.py", "(order.confirm or self._peer != order.peers[0])", "order.confirm"),
     Mutant("decode_worker/task.py", "order.confirm or self._peer != order.peers[0]", "self._peer != order.peers[0]"),
+    Mutant("decode_worker/outbox.py", "output.ends or output.taken else None", "output.ends else None"),
     Mutant("decode_worker/router_session.py", "                self._has_beaten = True\n", "                pass\n"),
     Mutant(
         "decode_worker/router_session.py",
