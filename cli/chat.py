@@ -15,6 +15,7 @@ from ..core.errors import TwostrokeError
 from .status import ApiKey, Ca, Cert, Grpc, Insecure, Key, tls_of
 
 ASK_S = 5.0  # for the router to say what it serves
+ANSWER_S = 600.0  # a slow machine may answer a long question; Ctrl-C ends an answer
 
 
 def chat(
@@ -44,7 +45,9 @@ def chat(
         grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=ASK_S
     ) as client:
         models = client.models()  # who is asked for a question must know that somebody answers
-    with Client(grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key) as client:
+    with Client(
+        grpc, api_key=api_key, insecure=insecure, tls=tls, cert=tls_cert, key=tls_key, timeout_s=ANSWER_S
+    ) as client:
         if console.is_terminal:
             console.print(_greeting(models, model, grpc), markup=False, highlight=False, style="dim")
         answer: str | None = ""

@@ -265,7 +265,7 @@ INSTEAD = {
     "thinking_token_budget": "bound the whole answer with max_tokens",
     "input_ids": "give token ids as prompt to /v1/completions",
     "chat_template": "start the router with --chat-template",
-    "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",
+    "truncate_prompt_tokens": "shorten the prompt; `usage.prompt_tokens` of an answer counts its tokens",
     "lora_path": "give the adapter's name as model",
     "no_stop_trim": "give include_stop_str_in_output",
     "allowed_token_ids": "give structured_outputs, or logit_bias",

@@ -38,7 +38,7 @@ def test_switches_without_effect_are_named_and_dropped():
     ours, said = said_of("m", "--enable-prefix-caching", "--trust-remote-code", "--port", "1")
     assert ours == ["m", "--port", "1"]
     assert said == [
-        "--enable-prefix-caching has no effect: prefixes are always cached",
+        "--enable-prefix-caching has no effect: prefixes are cached unless cache.prefix_caching says no",
         "--trust-remote-code has no effect: no code of a checkpoint is ever run",
     ]
 
@@ -49,6 +49,8 @@ def test_switches_without_effect_are_named_and_dropped():
         ("--gpu-memory-utilization=0.9", "--kv-cache-memory-fraction"),
         ("--data-parallel-size", "--decode"),
         ("-pp", "--tensor-parallel-size"),
+        ("--disable-radix-cache", "TWOSTROKE__CACHE__PREFIX_CACHING=false"),
+        ("--revision=main", "--model"),
         ("--disaggregation-mode", "--prefill"),
     ],
 )

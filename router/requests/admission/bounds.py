@@ -167,7 +167,8 @@ class Admission:
         alone_s = (alone_ms + answer_ms) / 1e3
         if alone_s > timeout_s:
             raise DeadlineExceeded(
-                f"the {what} takes {alone_s:.1f} s of computing, longer than timeout {timeout_s:g} s"
+                f"the {what} is predicted to take {alone_s:.1f} s of computing, longer than timeout {timeout_s:g} s; "
+                "ask for fewer tokens, or allow more time"
             )
         expected_s = (self.timing.factor if others else 1.0) * (first_token_ms + answer_ms) / 1e3
         if expected_s > timeout_s:
