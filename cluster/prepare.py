@@ -161,6 +161,7 @@ async def _with_kernels(config: Config, show: Show) -> Config:
         return config
     try:
         if await asyncio.to_thread(found_library) is None:
+            await asyncio.to_thread(model_facts, config, 0)  # first: a checkpoint without weights is told at once
             await _build(show)
     except NativeUnavailable as error:
         if config.model.kernels == "native":
