@@ -160,7 +160,7 @@ class RouterNode:
         """Implements `Wires.lost`."""
         key = change.worker.key
         self._note(key, f"{change.change.value}: {change.reason}")
-        self.life.lost(key, change.reason, self.world.now_s(), has_left=change.has_left, was_silent=change.was_silent)
+        self.life.lost(key, change.reason, self.world.now_s(), has_left=change.has_left)
 
     def changed(self) -> None:
         """Implements `Wires.changed`."""

@@ -66,9 +66,7 @@ class Dispatcher:
     # ------------------------------------------------------------------ events of the workers
 
     def _on_lost(self, change: FleetChange) -> None:
-        self.life.lost(
-            change.worker.key, change.reason, self.clock.now_s(), has_left=change.has_left, was_silent=change.was_silent
-        )
+        self.life.lost(change.worker.key, change.reason, self.clock.now_s(), has_left=change.has_left)
 
     def _on_step(self, key: WorkerKey, output: worker_pb2.StepOutput) -> None:
         self.life.take_step(key, output, self.clock.now_s())

@@ -179,16 +179,14 @@ class Lifecycle:
             if run is not None:
                 self._take_end(run, end, now_s)
 
-    def lost(
-        self, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False, was_silent: bool = False
-    ) -> None:
+    def lost(self, key: WorkerKey, reason: str, now_s: float, *, has_left: bool = False) -> None:
         """A worker is lost: its requests go on elsewhere, but for one that it was lost by, as an earlier one was.
 
-        `has_left`: it had said before that it leaves, so no request is to blame. `was_silent`: it may hang.
+        `has_left`: it had said before that it leaves, so no request is to blame.
         """
         active = self.runs.active.values()
         forgive(active, self._fleet.lives)
-        guilty = None if has_left else blame(key, active, now_s, was_silent=was_silent)
+        guilty = None if has_left else blame(key, active, now_s)
         if guilty is not None and guilty.suspicion is not None:
             names = ", ".join(one.worker_id for one in (*guilty.suspicion.workers, key))
             poison = f"the workers {names} were lost with this request; it is not given to another one"

@@ -9,7 +9,7 @@ lost worker are suspects until they got further elsewhere:
                       └─ several (a prefill worker's) ─▶ they stay suspects
 
     suspect ── PROOF_TOKENS more tokens of every choice, or its end ──▶ innocent
-            ── all those workers are back in the same life ───────────▶ innocent, unless they had fallen silent
+            ── all those workers are back in the same life ───────────▶ innocent: they were cut off, or slow
 
 A suspect is sent only to a worker that computes no other suspect: after a loss there is one to blame. So a request
 that kills its worker each time takes two.
@@ -65,16 +65,10 @@ class Suspicion:
     num_unconfirmed: int = 0  # losses that count of workers that had not confirmed it
     unconfirmed_s: float = -math.inf  # time of the last one that counts
     rests_until_s: float = -math.inf  # it is sent nowhere until then
-    silent: tuple[WorkerKey, ...] = ()  # those of the workers that had fallen silent before
 
 
-def blame(
-    key: WorkerKey, runs: Iterable[RequestState], now_s: float, *, was_silent: bool = False
-) -> RequestState | None:
-    """A worker was lost without leaving: suspect its requests. Returns the guilty one, if it is known.
-
-    `was_silent`: it had said nothing before. A request may have made it hang, so its return proves nothing.
-    """
+def blame(key: WorkerKey, runs: Iterable[RequestState], now_s: float) -> RequestState | None:
+    """A worker was lost without leaving: suspect its requests. Returns the guilty one, if it is known."""
     involved = [run for run in runs if _computes(run, key)]
     suspects = [run for run in involved if run.suspicion is not None]
     confirmed = [run for run in suspects if _is_confirmed(run, key)]
@@ -82,19 +76,20 @@ def blame(
         return suspects[0]
     for run in suspects if confirmed else involved:
         _suspect(run, key, now_s, is_alone=len(suspects) == 1, is_confirmed=run in confirmed)
-        if was_silent and run.suspicion is not None:
-            run.suspicion = replace(run.suspicion, silent=(*run.suspicion.silent, key))
     return None
 
 
 def forgive(runs: Iterable[RequestState], lives: Callable[[WorkerKey], bool]) -> bool:
-    """Drop suspicions for workers that were only cut off: they are back in the same life. True: one is dropped."""
+    """Drop suspicions for workers that are back in the same life: they were cut off, or slow. True: one is dropped.
+
+    One that a request makes hang does not come back: its supervisor kills it, or it stays away.
+    """
     is_one_dropped = False
     for run in runs:
         old = run.suspicion
         if old is None:
             continue
-        left = tuple(key for key in old.workers if key in old.silent or not lives(key))
+        left = tuple(key for key in old.workers if not lives(key))
         if not left:
             run.suspicion, is_one_dropped = None, True
         elif left != old.workers:
@@ -137,7 +132,7 @@ def _suspect(run: RequestState, key: WorkerKey, now_s: float, *, is_alone: bool,
         count, last_s = count + 1, now_s
     if not is_confirmed and run.living is not None and run.living.decode == key:
         rests_s = now_s + APART_S
-    run.suspicion = Suspicion((*old.workers, key), proof, count, last_s, rests_s, old.silent)
+    run.suspicion = Suspicion((*old.workers, key), proof, count, last_s, rests_s)
 
 
 def _is_confirmed(run: RequestState, key: WorkerKey) -> bool:

@@ -53,7 +53,6 @@ class FleetChange:
     worker: WorkerFacts
     reason: str
     has_left: bool = False  # it had reported that it drains or leaves
-    was_silent: bool = False  # it had said nothing for a while: it may hang, and come back in the same life
 
 
 class Fleet:
@@ -131,7 +130,7 @@ class Fleet:
             return self._gone(worker, now_s, reason)
         self._note_loss(worker, now_s)
         worker.in_flight.clear()
-        return [FleetChange(Change.LOST, worker.facts, reason, was_silent=worker.silent)]
+        return [FleetChange(Change.LOST, worker.facts, reason)]
 
     def beat(self, key: WorkerKey, now_s: float, phase: str | None = None, steps: int | None = None) -> bool:
         """A message arrived on a worker's session; phase and steps come with a Beat only.
@@ -286,7 +285,7 @@ class Fleet:
         worker.in_flight.clear()
         self._workers.pop(worker.facts.worker_id, None)
         self.num_lost += 0 if worker.draining else 1
-        return [FleetChange(Change.GONE, worker.facts, reason, has_left=worker.draining, was_silent=worker.silent)]
+        return [FleetChange(Change.GONE, worker.facts, reason, has_left=worker.draining)]
 
     def _forgive_own_pause(self, now_s: float) -> None:
         """Do not count a pause of this process as silence of the workers.

@@ -332,9 +332,7 @@ class Router:
 
     def lost(self, change: FleetChange) -> None:
         """Implements `Wires.lost`."""
-        self.life.lost(
-            change.worker.key, change.reason, self._now_s, has_left=change.has_left, was_silent=change.was_silent
-        )
+        self.life.lost(change.worker.key, change.reason, self._now_s, has_left=change.has_left)
 
     def changed(self) -> None:
         """Implements `Wires.changed`."""

@@ -311,7 +311,6 @@ _LIVES = [
     Mutant("router/requests/suspects.py", "said or not living.confirms", "said"),
     Mutant("router/requests/suspects.py", "        rests_s = now_s + APART_S\n", "        pass\n"),
     Mutant("router/requests/suspects.py", "return now_s - old.unconfirmed_s >= APART_S", "return True"),
-    Mutant("router/requests/suspects.py", "if key in old.silent or not lives(key)", "if not lives(key)"),
     Mutant(
         "router/requests/suspects.py", "            run.suspicion, is_one_dropped = None, True\n", "            pass\n"
     ),
@@ -321,10 +320,7 @@ _LIVES = [
         "            pass  # suspects that wait",
     ),
     Mutant("router/requests/lifecycle.py", "        forgive(active, self._fleet.lives)\n", ""),
-    Mutant("router/routing/fleet.py", "worker.facts, reason, was_silent=worker.silent)]", "worker.facts, reason)]"),
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
-    Mutant("router/requests/suspects.py", "silent=(*run.suspicion.silent, key)", "silent=(key,)"),
-    Mutant("router/requests/suspects.py", "rests_s, old.silent)", "rests_s)"),
     Mutant("router/requests/suspects.py", " and living.prefill not in lost:", ":"),
     Mutant("router/requests/suspects.py", " and run.living is not None and run.living.decode == key:", ":"),
     Mutant("router/requests/suspects.py", "if living.prefill is not None and living.prefill not in lost:", "if False:"),

@@ -80,9 +80,7 @@ class Router:
 
     def lost(self, change) -> None:
         self.up.discard(change.worker.key)
-        self.life.lost(
-            change.worker.key, change.reason, self.now_s, has_left=change.has_left, was_silent=change.was_silent
-        )
+        self.life.lost(change.worker.key, change.reason, self.now_s, has_left=change.has_left)
 
     def changed(self) -> None:
         if hasattr(self, "life"):
