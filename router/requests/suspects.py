@@ -93,7 +93,8 @@ def forgive(runs: Iterable[RequestState], lives: Callable[[WorkerKey], bool]) ->
         if not left:
             run.suspicion, is_one_dropped = None, True
         elif left != old.workers:
-            run.suspicion = replace(old, workers=left)
+            # As if only those had been lost: the first loss makes it a suspect, and counts for nothing more.
+            run.suspicion = replace(old, workers=left, num_unconfirmed=min(old.num_unconfirmed, len(left) - 1))
     return is_one_dropped
 
 

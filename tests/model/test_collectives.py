@@ -65,8 +65,11 @@ def test_gloo_joins_columns_without_padding() -> None:
     for joined in on_ranks(3, lambda ranks: ranks.all_gather(given[ranks.rank], 67)):
         assert torch.equal(joined, torch.cat(list(given), dim=1)[:, :67])
         assert joined.is_contiguous()
-    for none in on_ranks(2, lambda ranks: ranks.all_gather(torch.empty(0, 24), 40)):
-        assert none.shape == (0, 40)
+    for _ in range(3):  # on a busy machine gloo's own connections fail now and then
+        empty = on_ranks(2, lambda ranks: ranks.all_gather(torch.empty(0, 24), 40))
+        if not any(isinstance(none, RankLost) for none in empty):
+            break
+    assert [none.shape for none in empty] == [(0, 40)] * 2
 
 
 def test_a_rank_that_leaves_is_lost_to_the_others() -> None:

@@ -395,3 +395,15 @@ def test_a_worker_that_had_fallen_silent_and_is_back_in_the_same_life_was_slow()
         is_back(router, WorkerKey("a", 1))
         router.life.tick(router.now_s)
         assert (run.suspicion, run.error) == (None, None)
+
+
+def test_a_worker_that_is_back_counts_no_more_against_a_suspect() -> None:
+    router, (run,) = lost_once("b")
+    cut(router, placed(run))
+    is_back(router, WorkerKey("b", 1))
+    router.life.tick(router.now_s)
+    router.pass_s(2 * APART_S)
+    assert run.suspicion is not None
+    assert [key.worker_id for key in run.suspicion.workers] == ["a"]
+    kill(router, placed(run))  # not confirmed: the first such loss that counts
+    assert run.error is None
