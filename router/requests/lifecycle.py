@@ -42,7 +42,7 @@ from .orders import Orders
 from .roster import Roster
 from .state import RequestState, RequestStates, Stage
 from .surroundings import Driver, LifeLimits, Observer
-from .suspects import acquit, blame, forgive
+from .suspects import acquit, blame, forgive, rest
 from .waiting import Waiting
 
 MAX_DISPATCHES = 3  # of a request without output, but for refusals of full workers, which its patience bounds
@@ -190,6 +190,7 @@ class Lifecycle:
         if guilty is not None and guilty.suspicion is not None:
             names = ", ".join(one.worker_id for one in (*guilty.suspicion.workers, key))
             poison = f"the workers {names} were lost with this request; it is not given to another one"
+            rest(active, now_s)
             self.fail(guilty, PoisonRequest(poison), now_s)
         for run in self.runs.on(key):
             error = WorkerLost(f"worker {key.worker_id} was lost: {reason}", retry_after_s=RETRY_AFTER_S)

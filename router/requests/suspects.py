@@ -12,7 +12,8 @@ lost worker are suspects until they got further elsewhere:
             ── all those workers are back in the same life ───────────▶ innocent: they were cut off, or slow
 
 A suspect is sent only to a worker that computes no other suspect: after a loss there is one to blame. So a request
-that kills its worker each time takes two.
+that kills its worker each time takes two. After one was found guilty the others rest for APART_S, because its workers
+may compute it until they hear of its end.
 
 **Confirmed.** Workers that were killed in one instant are noticed one after the other, so a suspect may be sent to one
 that is dead already. Orders of suspects therefore ask to be confirmed (`Submit.confirm`). A decode worker says
@@ -96,6 +97,14 @@ def forgive(runs: Iterable[RequestState], lives: Callable[[WorkerKey], bool]) ->
             # As if only those had been lost: the first loss makes it a suspect, and counts for nothing more.
             run.suspicion = replace(old, workers=left, num_unconfirmed=min(old.num_unconfirmed, len(left) - 1))
     return is_one_dropped
+
+
+def rest(runs: Iterable[RequestState], now_s: float) -> None:
+    """Send no suspect anywhere for a while: a guilty request was ended, and its workers may not know it yet."""
+    for run in runs:
+        if run.suspicion is not None:
+            until_s = max(run.suspicion.rests_until_s, now_s + APART_S)
+            run.suspicion = replace(run.suspicion, rests_until_s=until_s)
 
 
 def acquit(run: RequestState) -> bool:

@@ -320,6 +320,8 @@ _LIVES = [
         "            pass  # suspects that wait",
     ),
     Mutant("router/requests/lifecycle.py", "        forgive(active, self._fleet.lives)\n", ""),
+    Mutant("router/requests/lifecycle.py", "            rest(active, now_s)\n", ""),
+    Mutant("router/requests/suspects.py", "min(old.num_unconfirmed, len(left) - 1)", "old.num_unconfirmed"),
     Mutant("router/requests/suspects.py", "MAX_UNCONFIRMED = 2", "MAX_UNCONFIRMED = 3"),
     Mutant("router/requests/suspects.py", " and living.prefill not in lost:", ":"),
     Mutant("router/requests/suspects.py", " and run.living is not None and run.living.decode == key:", ":"),

@@ -11,7 +11,7 @@ from twostroke.kv.block import BlockIdentity
 from twostroke.protos import worker_pb2
 from twostroke.router.requests.lifecycle import MAX_RESUMED_DISPATCHES
 from twostroke.router.requests.state import RequestState, Stage
-from twostroke.router.requests.suspects import PROOF_TOKENS
+from twostroke.router.requests.suspects import APART_S, PROOF_TOKENS
 from twostroke.router.routing.buddies import KEEPS
 from twostroke.router.routing.candidates import PolicyLimits
 from twostroke.router.routing.facts import WorkerFacts, WorkerKey
@@ -260,7 +260,10 @@ def test_suspects_are_ordered_one_at_a_time_and_only_the_guilty_one_fails() -> N
     router.pass_s(0.0)
     assert isinstance(guilty.error, errors.PoisonRequest)
     assert all(run.error is None and run.suspicion is None for run in others), "whoever was beside it is not blamed"
-    assert all(placed(run).worker_id == "c" for run in (innocent, *others))
+    assert all(placed(run).worker_id == "c" for run in others)
+    assert innocent.stage is Stage.ROUTING, "workers may still compute the guilty one"
+    router.pass_s(APART_S)
+    assert placed(innocent).worker_id == "c"
 
 
 def test_a_suspect_that_gets_on_is_innocent_and_lets_the_next_one_in() -> None:
