@@ -283,6 +283,7 @@ def chatting(setting: Setting) -> Setting:
     orders, prompt = [], (first.prompt_ids * CHAT_PROMPT)[:CHAT_PROMPT]
     for place in range(CHAT_TURNS):
         turn = replace(first, request_id=f"turn{place}", at_s=0.5 + place / 2, prompt_ids=prompt, sampling=sampling)
+        turn = replace(turn, kills=False)
         orders.append(replace(turn, num_choices=1 + (place == CHAT_TURNS - 1) * (len(setting.orders) % 2)))
         asked = tuple(1 + (token_id + place) % 60 for token_id in (first.prompt_ids * CHAT_PROMPT)[:CHAT_PROMPT])
         prompt = (*prompt, *answer_of(first.domain, prompt, sampling), *asked)
