@@ -214,7 +214,10 @@ def losing_two_decoders(setting: Setting) -> Setting:
     victims = [worker.worker_id for worker in (*decoders, *more)][:2]
     at_s = setting.mishaps[0].at_s
     mishaps = tuple(Mishap(at_s, "crash", who, who, 0.5) for who in victims)
-    return replace(setting, workers=(*setting.workers, *more), mishaps=mishaps)
+    workers = tuple(  # a request of three choices must fit the queue of one
+        replace(worker, limits=replace(worker.limits, max_waiting=8)) for worker in (*setting.workers, *more)
+    )
+    return replace(setting, workers=workers, mishaps=mishaps)
 
 
 def departing_decoders(setting: Setting) -> Setting:
